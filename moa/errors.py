@@ -1,0 +1,52 @@
+"""How an error reaches the person who can mend it: one sentence, the nearest valid name, exit status 2."""
+
+import difflib
+import functools
+import os
+import sys
+from collections.abc import Callable, Iterable
+from typing import NoReturn, ParamSpec, TypeVar
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def run(main: Callable[P, T]) -> Callable[P, T]:
+    """Decorate an entry point: what the user can mend ends in one line and status 2, without a traceback.
+
+    `ValueError` and `OSError` (a missing file, no network, a full disk) are for the user; any other exception
+    is a bug of ours and keeps its traceback. Ctrl-C exits with 130. `MOA_TRACEBACK=1` shows every traceback.
+    """
+
+    @functools.wraps(main)
+    def entry_point(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return main(*args, **kwargs)
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            raise SystemExit(130) from None
+        except (ValueError, OSError) as error:
+            refuse(error)
+
+    return entry_point
+
+
+def refuse(error: Exception) -> NoReturn:
+    """End the process with `error: one sentence` on stderr and status 2."""
+    if os.environ.get("MOA_TRACEBACK") == "1":
+        raise error
+    print(f"error: {one_line(error)}", file=sys.stderr)
+    raise SystemExit(2) from None
+
+
+def one_line(error: BaseException) -> str:
+    """An exception's message on one line; the operating system's own as `file: reason`."""
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The ending of an error about an unknown name: "; did you mean 'x'?", or nothing when none is near."""
+    close = difflib.get_close_matches(name, sorted(known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
