@@ -1,0 +1,82 @@
+"""What an evaluation leaves behind: a table, a JSON file and one HTML page that needs nothing else.
+
+The results are one dictionary, the content of results.json:
+
+    {"created": ISO time, "seed": int, "versions": {package: version}, "machine": str,
+     "base_model": str, "source": str,
+     "tasks": {task: {"metric": "accuracy", "headline": "accuracy", "settings": how it is computed (optional),
+                      "examples": {"diagonal": 60, "other": 24}}},
+     "systems": [{"name": "merge:ties", "kind": base | lora | oracle | moa | merge, "note": str}],
+     "cells": [{"system": str, "task": str, "n": int, "scores": {"accuracy": 81.7, ...},   # 0 to 100
+                "nll": nats | null, "generated": {"accuracy": 80.0, "unparsable": 1.7} | null,
+                "per_example": [headline score of each example], "seconds": 3.1}],
+     "router": {"accuracy": 0 to 1, "names": [...], "confusion": [[...]], "n": 420} | null,
+     "costs": [{"system": str, "extra_parameters": int, "rank": int,
+                "prefill_overhead": share of a prefill}] | null}
+"""
+
+import json
+import os
+import tempfile
+from importlib.resources import files
+from pathlib import Path
+
+from moa.evaluation.summary import Results, normalised
+from moa.evaluation.table import print_table
+from moa.evaluation.verdict import verdict
+
+__all__ = ["normalised", "print_table", "verdict", "write_html", "write_json"]
+
+
+def write_json(results: Results, path: str | Path) -> Path:
+    """Write results.json whole or not at all.
+
+    Raises:
+        ValueError: when a score is NaN or infinite, which JSON cannot hold.
+    """
+    try:
+        text = json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False)
+    except ValueError as error:
+        raise ValueError(f"{path} was not written: a score is NaN or infinite ({error})") from None
+    return _write(text + "\n", Path(path))
+
+
+def write_html(results: Results, path: str | Path) -> Path:
+    """Write one page with the verdict, plots, tables and settings inside; it asks nothing of the network."""
+    import jinja2
+
+    from moa.evaluation import plots
+    from moa.evaluation.summary import find_cell, headline_score, mean_nll
+    from moa.evaluation.table import grouped, notes, short_name, winners
+    from moa.evaluation.verdict import cost_words
+
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    template = environment.from_string(files("moa.evaluation").joinpath("report.html.j2").read_text("utf-8"))
+    summary = normalised(results)
+    page = template.render(
+        results=results,
+        summary=summary,
+        verdict=verdict(results),
+        notes=list(notes(results, summary)),
+        groups=list(grouped(results)),
+        best={task: winners(results, task) for task in results["tasks"]},
+        plots=plots,
+        cell=find_cell,
+        score=headline_score,
+        nll=mean_nll,
+        short_name=short_name,
+        cost_words=cost_words,
+    )
+    return _write(page, Path(path))
+
+
+def _write(text: str, path: Path) -> Path:
+    """Through a temporary sibling, so that a reader never meets half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, delete=False) as file:
+        file.write(text)
+    os.chmod(file.name, 0o644)
+    os.replace(file.name, path)
+    return path
