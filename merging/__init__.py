@@ -1,0 +1,27 @@
+"""Merge LoRA adapters: several in, one vanilla adapter out, from disk to disk, without a base model.
+
+    from moa.merging import merge
+    result = merge(["adapters/sst2", "adapters/mnli"], "ties", density=0.3, output="merged")
+    print(result.report)
+
+A method is one registered function (`methods()` lists them); `merge` reads, checks, streams, writes, reports.
+"""
+
+if __name__ != "moa.merging":
+    raise ImportError("import moa.merging, not merging: run 'pip install -e .' in the repository first")
+
+from moa.merging import elementwise, linear, spectral  # noqa: F401 (registers the methods)
+from moa.merging.api import MergeResult, merge
+from moa.merging.registry import Merged, MergeMethod, find_method, merge_method, methods
+from moa.merging.report import MergeReport
+
+__all__ = [
+    "MergeMethod",
+    "MergeReport",
+    "MergeResult",
+    "Merged",
+    "find_method",
+    "merge",
+    "merge_method",
+    "methods",
+]

@@ -1,0 +1,93 @@
+"""`moa merge`: adapters in, one adapter out.
+
+Options of the methods become flags by themselves: a new method needs no line here.
+"""
+
+import argparse
+from typing import Literal, NoReturn, get_args, get_origin
+
+import torch
+from rich.console import Console
+from rich.progress import track
+
+from moa.errors import nearest, run
+from moa.merging.api import merge
+from moa.merging.registry import MergeMethod, methods
+
+EXAMPLES = """\
+examples:
+  moa merge adapters/sst2 adapters/mnli adapters/squad --output merged
+  moa merge A B C --method svd --weights 1 1 0.5 --rank 8 --output merged
+  moa merge A B --method ties --density 0.3 --scale 0.8 --output merged
+  moa merge A user/adapter-on-the-hub --method concatenation --dtype bfloat16 --output merged
+
+`moa methods` explains the methods. Weights are used as given, 1/N each by default.
+"""
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@run
+def main(argv: list[str] | None = None) -> None:
+    """Parse, merge, print the report."""
+    asked = vars(_parse(argv))
+    errors = Console(stderr=True)
+    dtype = asked.pop("dtype")
+    result = merge(
+        asked.pop("adapters"),
+        **asked,
+        dtype=getattr(torch, dtype) if dtype else None,
+        progress=lambda layers: track(layers, "merging layers", console=errors, transient=True),
+    )
+    console = Console()
+    console.print(result.report)
+    console.print(f"written to {result.path}")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = _Parser(
+        prog="moa merge",
+        description="Merge LoRA adapters of one base model into one vanilla LoRA adapter; loads no model.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("adapters", nargs="+", metavar="ADAPTER", help="folder of an adapter, or its repository on the Hub")
+    add("--method", default="svd", help=f"one of {', '.join(methods())} (default: %(default)s)")
+    add("--weights", nargs="+", type=float, help="one for each adapter (default: 1/N each)")
+    add("--rank", type=int, help="rank of the result (default: the method's own)")
+    add("--output", required=True, help="folder to create")
+    add("--name", help="name in the report (default: the method's)")
+    add("--scale", type=float, default=1.0, help="factor on the result (default: %(default)s)")
+    add("--seed", type=int, default=0, help="for methods that draw random numbers (default: %(default)s)")
+    add("--dtype", choices=DTYPES, help="dtype to store (default: the widest of the inputs)")
+    add("--no-check-base", dest="check_base", action="store_false", help="merge across base models")
+    _add_method_options(parser.add_argument_group("options of the methods"))
+    found, unknown = parser.parse_known_args(argv)
+    if unknown:
+        parser.error(f"there is no option {unknown[0]}{nearest(unknown[0], parser._option_string_actions)}")
+    return found
+
+
+def _add_method_options(group: argparse._ArgumentGroup) -> None:
+    """One flag for every option name, left out of the result unless given: defaults stay the methods'."""
+    users: dict[str, list[MergeMethod]] = {}
+    for method in methods().values():
+        for option in method.options:
+            users.setdefault(option, []).append(method)
+    for option, those in users.items():
+        parameter = those[0].options[option]
+        names = ", ".join(method.name for method in those)
+        literal = get_origin(parameter.annotation) is Literal
+        group.add_argument(
+            *dict.fromkeys((f"--{option}", f"--{option.replace('_', '-')}")),
+            type=str if literal else parameter.annotation,
+            default=argparse.SUPPRESS,
+            metavar="|".join(get_args(parameter.annotation)) if literal else None,
+            help=f"{names}: {those[0].describe(option)} (default: {parameter.default})",
+        )

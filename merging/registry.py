@@ -1,0 +1,168 @@
+"""The list of merge methods: what each is called, where it comes from, what it takes and which laws it obeys.
+
+A method is one function on the updates of one layer:
+
+    @merge_method("svd", paper="https://arxiv.org/abs/...")
+    def svd(updates, weights, *, rank=None) -> Merged: ...
+
+`updates` are `LowRank`, float64; an adapter without this layer is there as an update of rank 0, and adapters
+of weight 0 are not there at all. Keyword-only parameters are the method's options, described in the
+docstring's Args. Two of them are no options but given to a method that has them: `rank`, what the user wants
+or None, and `seed`, a number of this layer's own. The decorator returns the function unchanged.
+"""
+
+import inspect
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal, get_args, get_origin
+
+from moa.errors import nearest
+from moa.low_rank import LowRank
+
+LAWS = {
+    "adapter_order": "the order of the adapters does not matter",
+    "rank_order": "the order of the ranks inside an adapter does not matter",
+    "gauge": "writing an adapter as (B G^-1, G A) changes nothing",
+    "scale_split": "doubling alpha and halving B changes nothing",
+    "identity": "one adapter of weight 1 gives itself back",
+    "zero_weight": "an adapter of weight 0 might as well be absent",
+    "zero_adapter": "an adapter that changes nothing has no influence",
+    "duplicates": "an adapter given twice, with half its weight each time, counts once",
+    "sign": "negated adapters give the negated result",
+}
+GIVEN = ("rank", "seed")
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What a method makes of one layer.
+
+    Attributes:
+        update: the merged update.
+        dropped: energy ||exact - update||^2 that fitting into the rank has cost.
+        facts: what else the report should say, such as the share of cross terms.
+    """
+
+    update: LowRank
+    dropped: float = 0.0
+    facts: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class MergeMethod:
+    """A registered method and the facts about it.
+
+    Attributes:
+        name: what users call it.
+        function: `(updates, weights, *, options) -> Merged`, for one layer.
+        paper: address of the paper, None for folklore.
+        degree: the result is homogeneous of this degree in the weights (2: doubled weights, fourfold result).
+        breaks: law of `LAWS` to the reason why the method, by design, does not obey it.
+    """
+
+    name: str
+    function: Callable[..., Merged]
+    paper: str | None
+    degree: int
+    breaks: Mapping[str, str]
+
+    @cached_property
+    def doc(self) -> str:
+        """The docstring: what the method does, its equation, its Args and its errors."""
+        return inspect.getdoc(self.function) or ""
+
+    @property
+    def summary(self) -> str:
+        """First line of the docstring."""
+        return self.doc.partition("\n")[0]
+
+    @cached_property
+    def parameters(self) -> dict[str, inspect.Parameter]:
+        """All keyword-only parameters of the function."""
+        found = inspect.signature(self.function).parameters
+        return {n: p for n, p in found.items() if p.kind is inspect.Parameter.KEYWORD_ONLY}
+
+    @cached_property
+    def options(self) -> dict[str, inspect.Parameter]:
+        """The parameters that a user sets by name."""
+        return {name: p for name, p in self.parameters.items() if name not in GIVEN}
+
+    def given(self, **values: Any) -> dict[str, Any]:
+        """Those of the values that the function asks for by having a parameter of that name."""
+        return {name: value for name, value in values.items() if name in self.parameters}
+
+    def describe(self, option: str) -> str:
+        """What the docstring's Args say about an option."""
+        match = re.search(rf"^ +{option}: (.+(?:\n {{8,}}.+)*)", self.doc, re.MULTILINE)
+        return " ".join(match[1].split()) if match else ""
+
+    def check_options(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """All options with their defaults; a ValueError names what the method does not take."""
+        for name in options:
+            if name not in self.options:
+                takes = f"it takes {', '.join(self.options)}" if self.options else "it takes none"
+                hint = nearest(name, self.options)
+                raise ValueError(f"{self.name} has no option {name!r}: {takes}{hint}")
+        given = {n: _checked(self.name, n, v, self.options[n].annotation) for n, v in options.items()}
+        return {name: given.get(name, p.default) for name, p in self.options.items()}
+
+
+_METHODS: dict[str, MergeMethod] = {}
+
+
+def merge_method(
+    name: str, *, paper: str | None = None, degree: int = 1, breaks: Mapping[str, str] | None = None
+) -> Callable[[Callable[..., Merged]], Callable[..., Merged]]:
+    """Register a function as a merge method; see `MergeMethod` for the facts it states.
+
+    Raises:
+        ValueError: a name that is taken, a law that does not exist, or a function without a docstring.
+    """
+    if name in _METHODS:
+        raise ValueError(f"a merge method {name!r} is registered already: choose another name")
+    for law in breaks or {}:
+        if law not in LAWS:
+            raise ValueError(f"{name} breaks an unknown law {law!r}: the laws are {', '.join(LAWS)}")
+
+    def register(function: Callable[..., Merged]) -> Callable[..., Merged]:
+        if not inspect.getdoc(function):
+            raise ValueError(f"{name} needs a docstring, which is all that `moa methods` can say about it")
+        _METHODS[name] = MergeMethod(name, function, paper, degree, dict(breaks or {}))
+        return function
+
+    return register
+
+
+def methods() -> dict[str, MergeMethod]:
+    """Every registered method by name, in alphabetical order."""
+    return dict(sorted(_METHODS.items()))
+
+
+def find_method(name: str) -> MergeMethod:
+    """The method of that name.
+
+    Raises:
+        ValueError: no such method; the message has the nearest name and the list.
+    """
+    if name not in _METHODS:
+        known = methods()
+        raise ValueError(
+            f"there is no merge method {name!r}: the methods are {', '.join(known)}{nearest(name, known)}"
+        )
+    return _METHODS[name]
+
+
+def _checked(method: str, option: str, value: Any, annotation: Any) -> Any:
+    if get_origin(annotation) is Literal:
+        if value not in get_args(annotation):
+            choices = ", ".join(map(str, get_args(annotation)))
+            raise ValueError(f"{option} of {method} must be one of {choices}, got {value!r}")
+    elif annotation is float:
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise TypeError(f"{option} of {method} must be a number, got {value!r}")
+        return float(value)
+    elif not isinstance(value, annotation):
+        raise TypeError(f"{option} of {method} must be of type {annotation.__name__}, got {value!r}")
+    return value

@@ -1,0 +1,147 @@
+"""What a merge did: printed, returned, and stored beside the adapter as merge_report.json."""
+
+import json
+import statistics
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+REPORT_FILE = "merge_report.json"
+
+
+@dataclass(frozen=True)
+class Source:
+    """One of the merged adapters.
+
+    Attributes:
+        weight: the weight it was given; 0 leaves it out.
+        ranks: smallest and largest rank of its layers.
+        missing: layers that others adapt and it does not: it counts as leaving them unchanged.
+        sha256: hash of its weights file, None for an adapter of a live model.
+    """
+
+    name: str
+    weight: float
+    path: str | None
+    sha256: str | None
+    base_model: str | None
+    dtype: str
+    modules: int
+    ranks: tuple[int, int]
+    missing: list[str]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One merged layer.
+
+    Attributes:
+        stacked_rank: sum of the adapters' ranks.
+        rank: rank of the result.
+        energy: ||M||^2 of the result before it was fitted into its rank.
+        dropped: share of that energy lost to the rank.
+        rounding: relative error of the stored factors against the computed ones.
+        facts: what the method reports of itself.
+    """
+
+    stacked_rank: int
+    rank: int
+    energy: float
+    dropped: float
+    rounding: float
+    facts: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """Everything needed to know, and to repeat, a merge. Holds no time: equal merges give equal reports.
+
+    Attributes:
+        rank: the rank asked for, None for the method's own.
+        energy_dropped: share of the energy of all layers lost to the rank.
+        rounding: relative error from storing the factors in `dtype`, over all layers.
+    """
+
+    name: str
+    method: str
+    paper: str | None
+    base_model: str | None
+    scale: float
+    rank: int | None
+    seed: int
+    dtype: str
+    options: dict[str, Any]
+    sources: list[Source]
+    layers: dict[str, Layer]
+    versions: dict[str, str]
+    energy_dropped: float = field(init=False)
+    rounding: float = field(init=False)
+
+    def __post_init__(self):
+        energy = sum(layer.energy for layer in self.layers.values())
+        dropped = sum(layer.energy * layer.dropped for layer in self.layers.values())
+        kept = sum(layer.energy * (1 - layer.dropped) for layer in self.layers.values())
+        error = sum(layer.energy * (1 - layer.dropped) * layer.rounding**2 for layer in self.layers.values())
+        object.__setattr__(self, "energy_dropped", dropped / energy if energy else 0.0)
+        object.__setattr__(self, "rounding", (error / kept) ** 0.5 if kept else 0.0)
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Weight of each adapter by name."""
+        return {source.name: source.weight for source in self.sources}
+
+    @property
+    def facts(self) -> dict[str, float]:
+        """What the method reports of itself, as the median over layers."""
+        values: dict[str, list[float]] = {}
+        for layer in self.layers.values():
+            for fact, value in layer.facts.items():
+                values.setdefault(fact, []).append(value)
+        return {fact: statistics.median(found) for fact, found in values.items()}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, as stored."""
+        return asdict(self)
+
+    def to_json(self) -> str:
+        """The content of merge_report.json."""
+        return json.dumps(self.to_dict(), indent=2) + "\n"
+
+    def __rich__(self):
+        """A table of the sources over one line each of what came out and what it cost."""
+        from rich.console import Group
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(title=f"{self.method} merge of {len(self.sources)} adapters", title_justify="left")
+        for column in ("adapter", "weight", "rank", "layers", "missing", "sha256"):
+            table.add_column(column, justify="left" if column in ("adapter", "sha256") else "right")
+        for source in self.sources:
+            table.add_row(
+                source.name,
+                f"{source.weight:.4g}",
+                _span(*source.ranks),
+                str(source.modules),
+                str(len(source.missing)),
+                (source.sha256 or "live model")[:12],
+            )
+        return Group(table, *(Text(line) for line in self._lines()))
+
+    def _lines(self) -> list[str]:
+        ranks = [layer.rank for layer in self.layers.values()]
+        options = ", ".join(f"{k}={v}" for k, v in self.options.items())
+        lines = [
+            f"{len(ranks)} layers of rank {_span(min(ranks), max(ranks))}, {self.dtype}"
+            f"{f', {options}' if options else ''}{f', scale {self.scale:g}' if self.scale != 1 else ''}",
+            f"energy dropped by the rank {self.energy_dropped:.2%}, rounding at saving {self.rounding:.1e}",
+        ]
+        lines += [f"{fact.replace('_', ' ')}: {value:.3g} (median over layers)" for fact, value in self.facts.items()]
+        lacking = {s.name: len(s.missing) for s in self.sources if s.missing}
+        if lacking:
+            names = ", ".join(f"{name} {count}" for name, count in lacking.items())
+            lines.append(f"layers that an adapter lacks count as unchanged by it: {names}")
+        return lines
+
+
+def _span(least: int, most: int) -> str:
+    return str(least) if least == most else f"{least} to {most}"

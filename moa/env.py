@@ -1,0 +1,48 @@
+"""`moa env`: versions and hardware, to paste into a bug report."""
+
+import argparse
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+
+PACKAGES = (
+    "moa-peft",
+    "torch",
+    "transformers",
+    "peft",
+    "trl",
+    "accelerate",
+    "datasets",
+    "evaluate",
+    "safetensors",
+    "huggingface_hub",
+    "flash-attn",
+)
+
+
+def environment() -> dict[str, str]:
+    """Names and versions of what matters to a bug report."""
+    import torch
+
+    found = {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpus": str(os.cpu_count()),
+    }
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    found["cuda"] = torch.version.cuda or "not in this torch"
+    for index in range(torch.cuda.device_count()):
+        found[f"gpu {index}"] = torch.cuda.get_device_name(index)
+    return found
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Print one line for each fact."""
+    argparse.ArgumentParser(prog="moa env", description=__doc__).parse_args(argv)
+    facts = environment()
+    width = max(map(len, facts))
+    print("\n".join(f"{name:<{width}}  {value}" for name, value in facts.items()))

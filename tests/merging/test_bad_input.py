@@ -1,0 +1,132 @@
+"""Whatever is wrong with adapters or a merge, the answer is one sentence that says so, and nothing is written."""
+
+import json
+
+import pytest
+import torch
+
+from moa.adapters import write_adapter
+from moa.errors import one_line
+from moa.merging import merge
+from moa.merging.cli import main
+
+Q = "base_model.model.model.layers.0.self_attn.q_proj"
+
+
+def refusal(adapters, **options):
+    """The message of the error that a merge ends in."""
+    with pytest.raises((ValueError, TypeError, FileNotFoundError)) as caught:
+        merge(adapters, **options)
+    assert len(one_line(caught.value)) < 500
+    return one_line(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "tie"}, "there is no merge method 'tie': the methods are average, .* did you mean 'ties'?"),
+        ({"method": "svd", "density": 0.2}, "svd has no option 'density': it takes none"),
+        ({"method": "ties", "densty": 0.2}, "ties has no option 'densty': it takes .* did you mean 'density'"),
+        ({"method": "ties", "election": "x"}, "election of ties must be one of total, frequency, got 'x'"),
+        ({"method": "ties", "density": "a"}, "density of ties must be a number, got 'a'"),
+        ({"rank": 0}, "rank must be from 1 to 9, all that these adapters hold together, got 0"),
+        ({"rank": -1}, "rank must be from 1 to 9"),
+        ({"rank": 10}, "rank must be from 1 to 9"),
+        ({"rank": 2.5}, "rank must be a whole number, got 2.5"),
+        ({"method": "concatenation", "rank": 4}, "concatenation keeps every rank .* use svd"),
+        ({"weights": [1, 1]}, "weights must be one for each adapter: got 2 for 3 adapters"),
+        ({"weights": [0, 0, 0]}, "all weights are zero"),
+        ({"weights": [1, 1, float("nan")]}, "weights must be finite numbers"),
+        ({"method": "average", "weights": [1, 1, -2]}, "add up to zero"),
+        ({"scale": 0.0}, "scale must be a finite number other than 0"),
+        ({"name": "a.b"}, "'a.b' cannot name an adapter: use letters, digits, _ and - only"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(options, message, folders, tmp_path):
+    import re
+
+    assert re.search(message, refusal(folders, output=tmp_path / "out", **options))
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_adapters_or_one_outside_a_list_is_refused(folders):
+    assert "at least one adapter" in refusal([])
+    assert "put it in a list" in refusal(folders[0])
+
+
+def test_an_existing_output_folder_is_refused_and_left_alone(folders, tmp_path):
+    output = tmp_path / "out"
+    output.mkdir()
+    assert "exists already: choose another output folder" in refusal(folders, output=output)
+    assert list(output.iterdir()) == []
+
+
+def test_a_failed_merge_leaves_nothing_behind(folders, tmp_path, edit_weights):
+    def last_is_nan(tensors):
+        name = sorted(tensors)[-1]
+        return {**tensors, name: tensors[name] * float("nan")}
+
+    edit_weights(folders[2], last_is_nan)
+    before = sorted(tmp_path.iterdir())
+    assert "hold NaN or infinite values" in refusal(folders, output=tmp_path / "out")
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_adapters_of_different_base_models_are_refused_unless_told_otherwise(folders, edit_config):
+    edit_config(folders[1], base_model_name_or_path="other/base")
+    message = refusal(folders)
+    assert "'tiny/base'" in message and "'other/base'" in message and "check_base=False" in message
+    assert merge(folders, check_base=False).report.base_model is None
+
+
+def test_adapters_of_different_revisions_of_a_base_are_refused(folders, edit_config):
+    edit_config(folders[0], revision="aaa")
+    edit_config(folders[1], revision="bbb")
+    assert "'aaa'" in refusal(folders)
+
+
+def test_layers_of_different_sizes_are_refused_whatever_the_base_is_called(adapters, tmp_path):
+    from moa.low_rank import LowRank
+
+    other = {m: LowRank(torch.randn(6, 2), torch.randn(2, 6)) for m in adapters[0].modules}
+    write_adapter(tmp_path / "other", other, base_model="tiny/base", dtype=torch.float32)
+    message = refusal([adapters[0], tmp_path / "other"], check_base=False)
+    assert "[24, 40] for adapter 'a' and [6, 6] for 'other'" in message
+
+
+def test_adding_factors_of_different_ranks_is_refused(adapters):
+    message = refusal(adapters, method="factor_sum")
+    assert "all adapters need the same rank, got ranks 2 and 3: use weighted_sum or svd" in message
+
+
+def test_a_value_beyond_the_range_of_the_dtype_is_refused(adapters, tmp_path):
+    message = refusal(adapters, scale=1e12, dtype=torch.float16, output=tmp_path / "out")
+    assert "beyond the range of torch.float16: save in float32 or bfloat16" in message
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--densty", "0.3"], "there is no option --densty; did you mean '--density'?"),
+        (["--method", "svdd"], "there is no merge method 'svdd'"),
+        (["--rank", "x"], "argument --rank: invalid int value: 'x'"),
+        (["--weights", "1"], "weights must be one for each adapter: got 1 for 3 adapters"),
+        (["--split", "half", "--method", "factor_sum"], "split of factor_sum must be one of sqrt, both, b"),
+        (["--density", "0.3"], "svd has no option 'density'"),
+    ],
+)
+def test_the_command_line_says_one_sentence_and_exits_with_2(arguments, message, folders, tmp_path, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main([*map(str, folders), "--output", str(tmp_path / "out"), *arguments])
+    assert caught.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and message in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_config_that_is_no_json_is_refused(folders):
+    (folders[0] / "adapter_config.json").write_text("{")
+    assert "is not valid JSON" in refusal(folders)
+    (folders[0] / "adapter_config.json").write_text(json.dumps([1]))
+    assert "must hold a JSON object, got a list" in refusal(folders)

@@ -1,0 +1,202 @@
+"""The laws of merging, over every registered method: a method that breaks one says so in the registry."""
+
+import pytest
+import torch
+
+from moa.adapters import Adapter, read_adapter
+from moa.low_rank import LowRank
+from moa.merging import find_method, merge, methods
+from moa.merging.registry import LAWS
+
+WEIGHTS = [0.7, 0.5, 0.9]
+# Options under which a method has other properties than by default: (method, options, degree in the weights).
+VARIANTS = [
+    *((name, {}, method.degree) for name, method in methods().items()),
+    ("ties", {"density": 1.0}, 0),
+    ("ties", {"density": 0.4, "normalise": "sum"}, 1),
+    ("ties", {"density": 0.4, "election": "frequency"}, 0),
+    ("factor_sum", {"split": "both"}, 2),
+    ("factor_sum", {"split": "b"}, 1),
+    ("svd", {"rank": 2}, 1),
+]
+every_method = pytest.mark.parametrize(
+    ("method", "options", "degree"),
+    VARIANTS,
+    ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else str(value),
+)
+# Options under which one adapter comes back trimmed or cut, as asked.
+CUTS = [{"rank": 2}, {"density": 0.4, "normalise": "sum"}, {"density": 0.4, "election": "frequency"}]
+
+
+@pytest.fixture
+def members(request, adapters, equal_rank_adapters):
+    """Unequal ranks, a shared direction and a missing layer, except for what needs equal ranks."""
+    return equal_rank_adapters if request.node.callspec.params["method"] == "factor_sum" else adapters
+
+
+def deltas(members, method, options, weights):
+    result = merge(members, method, weights=weights, dtype=torch.float64, **options)
+    return {module: update.delta() for module, update in result.modules.items()}
+
+
+def assert_same(got, expected, tolerance=1e-6):
+    """Equal up to a relative error, layer by layer."""
+    assert got.keys() == expected.keys()
+    for module in expected:
+        error = (got[module] - expected[module]).norm() / expected[module].norm().clamp(min=1e-30)
+        assert error < tolerance, f"{module}: relative difference {error:.2e}"
+
+
+def mapped(adapter, change):
+    return Adapter(adapter.name, adapter.base_model, {m: change(u) for m, u in adapter.modules.items()}, torch.float64)
+
+
+def skip_if_broken(method, law):
+    """Laws that a method breaks by design are skipped here and shown broken by the test below."""
+    if reason := find_method(method).breaks.get(law):
+        pytest.skip(f"by design: {reason}")
+
+
+@every_method
+def test_the_order_of_adapters_does_not_matter(method, options, degree, members):
+    skip_if_broken(method, "adapter_order")
+    forward = deltas(members, method, options, WEIGHTS)
+    assert_same(deltas(members[::-1], method, options, WEIGHTS[::-1]), forward)
+
+
+def reversed_ranks(update):
+    return LowRank(update.B.flip(1), update.A.flip(0))
+
+
+@every_method
+def test_the_order_of_ranks_inside_an_adapter_does_not_matter(method, options, degree, members):
+    skip_if_broken(method, "rank_order")
+    expected = deltas(members, method, options, WEIGHTS)
+    assert_same(deltas([mapped(members[0], reversed_ranks), *members[1:]], method, options, WEIGHTS), expected)
+
+
+def refactored(update):
+    G = torch.eye(update.rank, dtype=torch.float64) + 0.5 * torch.ones(update.rank, update.rank).double().triu()
+    return LowRank(update.B @ torch.linalg.inv(G), G @ update.A)
+
+
+@every_method
+def test_a_refactored_adapter_merges_to_the_same(method, options, degree, members):
+    skip_if_broken(method, "gauge")
+    expected = deltas(members, method, options, WEIGHTS)
+    assert_same(deltas([mapped(members[0], refactored), *members[1:]], method, options, WEIGHTS), expected)
+
+
+def scale_moved(update):
+    return LowRank(update.B / 2, update.A * 2)
+
+
+@every_method
+def test_moving_scale_from_one_factor_to_the_other_changes_nothing(method, options, degree, members):
+    skip_if_broken(method, "scale_split")
+    expected = deltas(members, method, options, WEIGHTS)
+    assert_same(deltas([mapped(members[0], scale_moved), *members[1:]], method, options, WEIGHTS), expected)
+
+
+@every_method
+def test_a_merge_of_one_adapter_gives_it_back(method, options, degree, members):
+    if options in CUTS:
+        pytest.skip("trimmed or cut on request")
+    if options.get("density") != 1.0:
+        skip_if_broken(method, "identity")
+    alone = {module: update.delta() for module, update in members[1].modules.items()}
+    assert_same(deltas([members[1]], method, options, [1.0]), alone)
+
+
+@every_method
+def test_an_adapter_of_weight_zero_might_as_well_be_absent(method, options, degree, members):
+    skip_if_broken(method, "zero_weight")
+    expected = deltas(members[:2], method, options, WEIGHTS[:2])
+    assert_same(deltas(members, method, options, [*WEIGHTS[:2], 0.0]), expected)
+
+
+@every_method
+def test_the_result_has_the_declared_degree_in_the_weights(method, options, degree, members):
+    once = deltas(members, method, options, WEIGHTS)
+    thrice = deltas(members, method, options, [3 * w for w in WEIGHTS])
+    assert_same(thrice, {module: 3**degree * delta for module, delta in once.items()})
+
+
+@every_method
+def test_negated_adapters_give_the_negated_result(method, options, degree, members):
+    skip_if_broken(method, "sign")
+    expected = deltas(members, method, options, WEIGHTS)
+    negated = [mapped(a, lambda u: LowRank(-u.B, u.A)) for a in members]
+    assert_same(deltas(negated, method, options, WEIGHTS), {module: -delta for module, delta in expected.items()})
+
+
+def untrained(update):
+    return LowRank(torch.zeros_like(update.B), update.A)
+
+
+@every_method
+def test_an_adapter_that_changes_nothing_has_no_influence(method, options, degree, members):
+    skip_if_broken(method, "zero_adapter")
+    expected = deltas(members[:2], method, options, WEIGHTS[:2])
+    idle = mapped(members[0], untrained)
+    assert_same(deltas([*members[:2], idle], method, options, WEIGHTS), expected)
+
+
+@every_method
+def test_an_adapter_given_twice_with_half_its_weight_counts_once(method, options, degree, members):
+    skip_if_broken(method, "duplicates")
+    expected = deltas(members, method, options, WEIGHTS)
+    first, rest = WEIGHTS[0] / 2, WEIGHTS[1:]
+    assert_same(deltas([members[0], *members], method, options, [first, first, *rest]), expected)
+
+
+@every_method
+def test_a_saved_merge_reads_back_as_it_was(method, options, degree, members, tmp_path):
+    result = merge(members, method, weights=WEIGHTS, dtype=torch.float32, output=tmp_path / "out", **options)
+    stored = read_adapter(tmp_path / "out")
+    assert stored.modules.keys() == result.modules.keys()
+    for module, update in stored.modules.items():
+        assert torch.equal(update.B, result.modules[module].B)
+        assert torch.equal(update.A, result.modules[module].A)
+
+
+@every_method
+def test_the_same_merge_twice_gives_the_same_bytes(method, options, degree, members, tmp_path):
+    for folder in ("one", "two"):
+        merge(members, method, weights=WEIGHTS, output=tmp_path / folder, **options)
+    files = sorted(file.name for file in (tmp_path / "one").iterdir())
+    assert files == ["adapter_config.json", "adapter_model.safetensors", "merge_report.json"]
+    for file in files:
+        assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
+
+
+@every_method
+def test_storage_in_bfloat16_costs_what_the_report_says(method, options, degree, members):
+    exact = deltas(members, method, options, WEIGHTS)
+    rounded = merge(members, method, weights=WEIGHTS, dtype=torch.bfloat16, **options)
+    error = {m: (u.to(torch.float64).delta() - exact[m]).norm() ** 2 for m, u in rounded.modules.items()}
+    relative = (sum(error.values()) / sum(delta.norm() ** 2 for delta in exact.values())) ** 0.5
+    assert 0 < relative < 0.01
+    assert rounded.report.rounding == pytest.approx(float(relative), rel=1e-3)
+
+
+BROKEN = {
+    "rank_order": lambda members: [mapped(members[0], reversed_ranks), *members[1:]],
+    "gauge": lambda members: [mapped(members[0], refactored), *members[1:]],
+    "scale_split": lambda members: [mapped(members[0], scale_moved), *members[1:]],
+}
+
+
+@pytest.mark.parametrize("law", BROKEN)
+@pytest.mark.parametrize("method", [m.name for m in methods().values() if m.breaks])
+def test_a_law_is_declared_broken_only_where_it_is(method, law, members):
+    expected = deltas(members, method, {}, WEIGHTS)
+    changed = deltas(BROKEN[law](members), method, {}, WEIGHTS)
+    difference = max((changed[m] - expected[m]).norm() / expected[m].norm() for m in expected)
+    assert (difference > 1e-3) == (law in find_method(method).breaks)
+
+
+def test_every_declared_law_exists_and_has_a_reason():
+    for method in methods().values():
+        for law, reason in method.breaks.items():
+            assert law in LAWS and reason
