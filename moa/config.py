@@ -1,0 +1,84 @@
+"""What a saved mixture says about itself: `moa_config.json`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field, fields
+from difflib import get_close_matches
+from pathlib import Path
+
+from moa.routing import RoutingMode, check_mode
+
+CONFIG_NAME = "moa_config.json"
+FALLBACK = "default"  # PEFT's name for the adapter at the root of a saved folder
+
+
+@dataclass
+class Fallback:
+    """The merge at the root of the saved folder: its method, each expert's weight, the scale of the whole."""
+
+    method: str
+    weights: dict[str, float]
+    scale: float = 1.0
+
+
+@dataclass
+class MoaConfig:
+    """A mixture of LoRA experts over one base model.
+
+    Attributes:
+        base_model: name or folder of the base model.
+        experts: names of the experts; their order is that of the router's outputs.
+        router_layer: the router reads the hidden state entering this layer; None means a quarter of the depth.
+        hidden_size: width of the hidden state that the router was fitted on; None while it is not fitted.
+        routing: `hard` (the best expert), `top_k` (the `top_k` best, mixed), or `soft` (all, mixed).
+        top_k: how many experts `top_k` mixes.
+        fallback: how the adapter at the root of the saved folder was made; None until it is.
+        sha256: checksum of each saved adapter file, the root adapter under "".
+        scores: measured results to show on the model card, such as the router's held-out accuracy.
+        versions: the packages that wrote the folder.
+    """
+
+    base_model: str
+    experts: list[str]
+    router_layer: int | None = None
+    hidden_size: int | None = None
+    routing: RoutingMode = "hard"
+    top_k: int = 2
+    fallback: Fallback | None = None
+    sha256: dict[str, str] = field(default_factory=dict)
+    scores: dict[str, float] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.experts:
+            raise ValueError("a mixture needs at least one expert: got an empty list")
+        if len(set(self.experts)) < len(self.experts):
+            raise ValueError(f"expert names must differ: got {', '.join(self.experts)}")
+        check_mode(self.routing, self.top_k, len(self.experts))
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, path: Path) -> MoaConfig:
+        """Read `moa_config.json`.
+
+        Raises:
+            ValueError: the file is no JSON object, lacks a field or has one that this version does not know.
+        """
+        try:
+            read = json.loads(path.read_text())
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} is not valid JSON ({error}): save or download the mixture again") from error
+        known = {known.name for known in fields(cls)}
+        for key in sorted(set(read) - known):
+            near = get_close_matches(key, known, n=1)
+            hint = f", did you mean {near[0]!r}" if near else ""
+            raise ValueError(f"{path} has the unknown key {key!r}{hint}: a newer version of moa may have written it")
+        missing = sorted({"base_model", "experts"} - set(read))
+        if missing:
+            raise ValueError(f"{path} lacks {missing[0]!r}: it is no saved mixture, save it again")
+        if read.get("fallback") is not None:
+            read["fallback"] = Fallback(**read["fallback"])
+        return cls(**read)

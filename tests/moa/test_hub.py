@@ -1,0 +1,99 @@
+"""Pushed to a Hub and loaded back, over HTTP."""
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from moa.model import MoaModel
+from moa.router import SequenceRouter
+
+IDS = torch.tensor([[3, 5, 9, 12], [4, 6, 10, 13]])
+
+
+@pytest.fixture
+def model(base_folder, adapters):
+    model = MoaModel.from_adapters(str(base_folder), adapters)
+    torch.manual_seed(1)
+    router = SequenceRouter(32, 3)
+    torch.nn.init.normal_(router.head.weight)
+    model.set_router(router)
+    model.moa_config.scores["router accuracy"] = 0.987
+    return model
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(input_ids=IDS, attention_mask=torch.ones_like(IDS)).logits
+
+
+def test_a_pushed_mixture_comes_back_whole(model, hub, tmp_path):
+    address = model.push_to_hub("tester/mixture", private=True)
+    assert address.startswith(f"{hub.url}/tester/mixture/commit/")
+    loaded = MoaModel.from_pretrained(model.moa_config.base_model, "tester/mixture", cache_dir=tmp_path)
+    torch.testing.assert_close(loaded.route(IDS).logits, model.route(IDS).logits)
+    torch.testing.assert_close(logits(loaded), logits(model))
+
+
+def test_stock_peft_reads_a_pushed_expert_and_the_root(model, base_folder, tmp_path):
+    model.push_to_hub("tester/three-readers")
+    for name, options in (("default", {}), ("dogs", {"subfolder": "dogs"})):
+        base = AutoModelForCausalLM.from_pretrained(base_folder)
+        stock = PeftModel.from_pretrained(base, "tester/three-readers", cache_dir=tmp_path, **options).eval()
+        with model.using(name):
+            torch.testing.assert_close(logits(stock), logits(model), rtol=1e-5, atol=1e-5)
+
+
+def test_the_card_lists_experts_method_weights_and_scores(model, tmp_path):
+    model.push_to_hub("tester/card")
+    card = ModelCard.load("tester/card")
+    assert card.data.library_name == "peft"
+    assert {"lora", "mixture-of-loras", "moa-peft"} <= set(card.data.tags)
+    for piece in ("| cats | 4 |", "| dogs | 2 |", "`svd`", "cats 0.333", "| router accuracy | 0.987 |"):
+        assert piece in card.text
+    assert "[None]" not in card.content
+
+
+def test_the_fused_adapter_is_pushed_alone(model, base_folder, tmp_path):
+    model.set_fallback("ties", weights=[1.0, 1.0, 0.5])
+    model.push_to_hub("tester/fused-adapter", fused="adapter")
+    base = AutoModelForCausalLM.from_pretrained(base_folder)
+    stock = PeftModel.from_pretrained(base, "tester/fused-adapter", cache_dir=tmp_path).eval()
+    with model.using("default"):
+        torch.testing.assert_close(logits(stock), logits(model), rtol=1e-5, atol=1e-5)
+    card = ModelCard.load("tester/fused-adapter")
+    assert "`ties`" in card.text and "| films | 8 | 0.5 |" in card.text
+    with pytest.raises(ValueError, match="no saved mixture"):
+        MoaModel.from_pretrained(base, "tester/fused-adapter", cache_dir=tmp_path)
+
+
+def test_the_fused_model_needs_no_peft(model, tmp_path):
+    model.push_to_hub("tester/fused-model", fused="model")
+    fused = AutoModelForCausalLM.from_pretrained("tester/fused-model", cache_dir=tmp_path).eval()
+    with model.using("default"):
+        torch.testing.assert_close(logits(fused), logits(model), rtol=1e-4, atol=1e-4)
+    assert AutoTokenizer.from_pretrained("tester/fused-model", cache_dir=tmp_path)("the cat")["input_ids"]
+
+
+def test_an_expert_can_be_loaded_from_the_hub(model, base_folder):
+    model.push_to_hub("tester/source", fused="adapter")
+    mixture = MoaModel.from_adapters(str(base_folder), {"fused": "tester/source"})
+    with mixture.using("fused"), model.using("default"):
+        torch.testing.assert_close(logits(mixture), logits(model), rtol=1e-5, atol=1e-5)
+
+
+def test_an_unknown_form_is_refused_before_anything_is_sent(model, hub):
+    with pytest.raises(ValueError, match="fused='modle' does not exist"):
+        model.push_to_hub("tester/nothing", fused="modle")
+    assert hub.log == []
+
+
+def test_an_interrupted_download_is_one_sentence_and_the_next_try_goes_on(model, hub, tmp_path):
+    model.push_to_hub("tester/shaky")
+    hub.fail(r"/resolve/.*/moa_router", status=403, times=20)
+    with pytest.raises(FileNotFoundError, match="could be downloaded"):
+        MoaModel.from_pretrained(model.moa_config.base_model, "tester/shaky", cache_dir=tmp_path)
+    for fault in hub._faults:
+        fault[2] = 0
+    assert MoaModel.from_pretrained(None, "tester/shaky", cache_dir=tmp_path).experts == model.experts
