@@ -1,0 +1,131 @@
+"""One adapter a task: what is trained, what is kept, what a kill costs."""
+
+import json
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM
+
+from moa.training.train_lora import main
+from moa.training.trainer import LoraTrainer, answer_positions
+
+
+@pytest.fixture
+def command(base_folder, tmp_path):
+    def make(*more, output="lora"):
+        return [
+            *("--tasks", "sst2", "--model", str(base_folder), "--source", "pocket"),
+            *("--max_steps", "6", "--train_rows", "48", "--save_steps", "2", "--use_cpu", "--disable_tqdm", "true"),
+            *("--output_dir", str(tmp_path / output), *more),
+        ]
+
+    return make
+
+
+def weights(folder):
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def interrupted_at(step, monkeypatch):
+    """Ctrl-C in the middle of a step, as a person or a scheduler would send it."""
+    original = LoraTrainer.training_step
+
+    def training_step(self, *args, **kwargs):
+        if self.state.global_step == step:
+            raise KeyboardInterrupt
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(LoraTrainer, "training_step", training_step)
+
+
+def test_stock_peft_loads_the_adapter_and_it_has_learned_something(command, tmp_path, base_folder):
+    main(command())
+    adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base_folder), tmp_path / "lora" / "sst2")
+    config = adapted.peft_config["default"]
+    assert (config.r, config.target_modules) == (8, {"q_proj", "k_proj", "v_proj", "o_proj"})
+    assert all(tensor.abs().sum() > 0 for name, tensor in weights(tmp_path / "lora" / "sst2").items())
+
+
+def test_a_killed_run_resumes_to_the_same_weights(command, tmp_path, monkeypatch):
+    main(command(output="whole"))
+    with monkeypatch.context() as patch:
+        interrupted_at(5, patch)
+        with pytest.raises(SystemExit) as stop:
+            main(command())
+        assert stop.value.code == 130
+    assert not (tmp_path / "lora" / "sst2" / "adapter_model.safetensors").exists()
+    main(command("--resume_from_checkpoint"))
+    whole, resumed = weights(tmp_path / "whole" / "sst2"), weights(tmp_path / "lora" / "sst2")
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_an_unfinished_run_is_not_overwritten(command, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        interrupted_at(5, patch)
+        with pytest.raises(SystemExit):
+            main(command())
+    with pytest.raises(SystemExit) as stop:
+        main(command())
+    assert stop.value.code == 2
+    assert "holds an unfinished run (checkpoint-4): pass --resume_from_checkpoint" in capsys.readouterr().err
+
+
+def test_a_finished_adapter_is_kept_and_one_trained_otherwise_is_not_overwritten(command, tmp_path, capsys):
+    main(command())
+    before = weights(tmp_path / "lora" / "sst2")
+    main(command())
+    assert "it was trained with these settings" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stop:
+        main(command("--learning_rate", "1e-4"))
+    assert stop.value.code == 2
+    assert "trained otherwise (its training differ)" in capsys.readouterr().err
+    after = weights(tmp_path / "lora" / "sst2")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_the_record_says_what_the_adapter_was_trained_on(command, tmp_path):
+    main(command())
+    record = json.loads((tmp_path / "lora" / "sst2" / "moa_training.json").read_text())
+    assert record["rows"] == 48
+    assert record["training"]["max_steps"] == 6
+    assert len(record["rows_sha256"]) == 64
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--taks", "sst2"], "did you mean '--task"),
+        (["--tasks", "sst"], "sst2"),
+        (["--tasks", "sst2", "sst2"], "twice"),
+        (["--lora_r", "0"], "r"),
+        (["--num_processes", "2"], "torchrun --nproc_per_node 2"),
+        (["--data_dir", "nowhere"], "nowhere"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_status_two(command, capsys, tmp_path, words, said):
+    with pytest.raises(SystemExit) as stop:
+        main(command(*words))
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert stop.value.code == 2
+    assert error.startswith("error: ") and said in error
+    assert not list(tmp_path.glob("lora/*/adapter_model.safetensors"))
+
+
+def test_logits_are_computed_where_an_answer_is_in_any_row():
+    labels = torch.tensor([[-100, -100, 5, 6, -100], [-100, -100, -100, 7, 8]])
+    assert answer_positions(labels).tolist() == [1, 2, 3]
+
+
+def test_the_loss_is_that_of_all_logits(base_model, command):
+    ids = torch.randint(3, 20, (2, 7))
+    labels = ids.clone()
+    labels[0, :4] = labels[1, :5] = -100
+    expected = F.cross_entropy(
+        base_model(input_ids=ids).logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100
+    )
+    kept = base_model(input_ids=ids, logits_to_keep=answer_positions(labels)).logits
+    got = F.cross_entropy(kept.transpose(1, 2), labels[:, answer_positions(labels) + 1])
+    torch.testing.assert_close(got, expected)

@@ -1,0 +1,113 @@
+# /// script
+# dependencies = ["moa-peft"]
+# ///
+"""Train one LoRA adapter per task with TRL's SFTTrainer; the loss is on the answers alone.
+
+    python training/train_lora.py --task mnli --model Qwen/Qwen2-0.5B
+    python training/train_lora.py --tasks sst2 squad --source pocket --max_steps 60
+    python training/train_lora.py --tasks mnli piqa --data_dir my_data --learning_rate 5e-4 --lora_r 16
+    torchrun --nproc_per_node 2 training/train_lora.py --config lora.yaml
+
+Each adapter goes to OUTPUT_DIR/TASK. One that is already there, trained with the same settings, is kept.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from peft import LoraConfig
+from transformers.hf_argparser import HfArg
+from trl import SFTConfig
+
+from moa.arguments import parse, run
+
+EXAMPLES = "\n".join(line.strip() for line in (__doc__ or "").splitlines() if line.startswith("    "))
+
+
+@dataclass
+class LoraArguments:
+    """What to train: tasks, base model, data, and the shape of the adapters (names as in PEFT and TRL)."""
+
+    tasks: list[str] = HfArg(aliases=["--task"], help="names of tasks, or YAML files of your own")
+    model: str = field(default="smollm2-135m", metadata={"help": "base model: a Hub name, a folder, or smollm2-135m"})
+    source: str = field(
+        default="hub", metadata={"help": "where rows come from: hub, pocket, or local with --data_dir"}
+    )
+    data_dir: str | None = field(default=None, metadata={"help": "folder with TASK/{train,validation,test}.jsonl"})
+    train_rows: int | None = field(default=None, metadata={"help": "use at most this many rows a task"})
+    lora_r: int = field(default=8, metadata={"help": "rank of the adapters"})
+    lora_alpha: int = field(default=16, metadata={"help": "scaling of the adapters is alpha / rank"})
+    lora_dropout: float = field(default=0.0, metadata={"help": "dropout on the adapters' input"})
+    lora_target_modules: list[str] | None = field(
+        default=None,
+        metadata={"help": "modules to adapt, default the attention projections; all-linear for all"},
+    )
+    use_rslora: bool = field(default=False, metadata={"help": "scaling alpha / sqrt(rank) (Kalajdzievski 2023)"})
+    num_processes: int | None = field(
+        default=None, metadata={"help": "refuse to run with another number of processes"}
+    )
+
+
+@dataclass
+class LoraTrainingConfig(SFTConfig):
+    """TRL's SFTConfig, with defaults that suit one adapter on a short task."""
+
+    output_dir: str = field(default="outputs/lora", metadata={"help": "each adapter goes to OUTPUT_DIR/TASK"})
+    learning_rate: float = field(default=1e-3, metadata={"help": "initial learning rate"})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "learning rate schedule"})
+    warmup_steps: float = field(default=0.05, metadata={"help": "warm-up: a number of steps, below 1 a share of them"})
+    max_steps: int = field(default=-1, metadata={"help": "optimizer steps; -1 trains num_train_epochs"})
+    num_train_epochs: float = field(default=1.0, metadata={"help": "passes over the training rows"})
+    max_length: int | None = field(default=1024, metadata={"help": "longer rows are cut"})
+    logging_steps: float = field(default=10, metadata={"help": "log every so many steps"})
+    save_steps: float = field(default=200, metadata={"help": "checkpoint every so many steps"})
+    save_total_limit: int | None = field(default=1, metadata={"help": "checkpoints kept"})
+    bf16: bool | None = field(default=None, metadata={"help": "mixed precision; default where there is a GPU"})
+    activation_checkpointing: bool | None = field(
+        default=False, metadata={"help": "trade time for memory: recompute activations in the backward pass"}
+    )
+    resume_from_checkpoint: bool = field(
+        default=False, metadata={"help": "go on from each task's last checkpoint, if it has one"}
+    )
+
+    def __post_init__(self) -> None:
+        if self.bf16 is None:
+            self.bf16 = torch.cuda.is_available()
+        super().__post_init__()
+
+
+@run
+def main(argv: list[str] | None = None) -> None:
+    lora, training = parse((LoraArguments, LoraTrainingConfig), argv, prog="train_lora.py", examples=EXAMPLES)
+    from moa.distributed import check_launch
+    from moa.training.data import load_tasks
+    from moa.training.lora import train_adapter
+
+    print(check_launch(lora.num_processes), flush=True)
+    tasks = load_tasks(lora.tasks)
+    for position, task in enumerate(tasks, start=1):
+        print(f"adapter {position} of {len(tasks)}: {task.name}", flush=True)
+        train_adapter(
+            task,
+            lora.model,
+            training,
+            lora_config=lora_config(lora),
+            rows={"source": lora.source, "data_dir": lora.data_dir, "limit": lora.train_rows},
+        )
+
+
+def lora_config(lora: LoraArguments) -> LoraConfig:
+    targets = lora.lora_target_modules
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=lora.lora_r,
+        lora_alpha=lora.lora_alpha,
+        lora_dropout=lora.lora_dropout,
+        target_modules="all-linear" if targets == ["all-linear"] else targets,
+        use_rslora=lora.use_rslora,
+    )
+
+
+if __name__ == "__main__":
+    main()
