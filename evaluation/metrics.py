@@ -117,15 +117,11 @@ class Rouge(TaskMetric):
     def per_example(self, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
         return [row[self.headline] for row in self._rows(predictions, references)]
 
-    def _rows(
-        self, predictions: Sequence[str], references: Sequence[Sequence[str]]
-    ) -> list[dict[str, float]]:
+    def _rows(self, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> list[dict[str, float]]:
         scorer = RougeScorer(self.names, use_stemmer=True)
         rows = []
         for prediction, answers in zip(predictions, references, strict=True):
-            best = scorer.score_multi(
-                [one_sentence_a_line(a) for a in answers], one_sentence_a_line(prediction)
-            )
+            best = scorer.score_multi([one_sentence_a_line(a) for a in answers], one_sentence_a_line(prediction))
             rows.append({name: 100 * best[name].fmeasure for name in self.names})
         return rows
 
@@ -228,9 +224,7 @@ def _check(predictions: Sequence[Any], references: Sequence[Any]) -> None:
         raise ValueError(f"{len(predictions)} predictions for {len(references)} references: give one each")
     if not predictions:
         raise ValueError("there is nothing to score: give one example at least")
-    empty = [
-        index for index, answers in enumerate(references) if isinstance(answers, Sequence) and not answers
-    ]
+    empty = [index for index, answers in enumerate(references) if isinstance(answers, Sequence) and not answers]
     if empty:
         raise ValueError(f"example {empty[0]} has no reference: give each one acceptable answer at least")
 

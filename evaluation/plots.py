@@ -33,9 +33,7 @@ WIDTH = 5.2  # inches: 9 pt text stays readable when the page is as narrow as a 
 def score_bars(results: Results) -> str:
     """Normalised score of every system with its 95 % interval; 100 is each task's own LoRA."""
     summary = normalised(results)
-    shown = [
-        s for s in results["systems"] if s["kind"] != "oracle" and summary[s["name"]]["score"] is not None
-    ]
+    shown = [s for s in results["systems"] if s["kind"] != "oracle" and summary[s["name"]]["score"] is not None]
     with matplotlib.rc_context(STYLE):
         figure, axes = _figure(0.27 * len(shown) + 0.8)
         for row, system in enumerate(shown):

@@ -44,9 +44,7 @@ def normalised(results: Results) -> dict[str, Normalised]:
     summary = {}
     for system in (system["name"] for system in results["systems"]):
         ratios = _ratios(results, system)
-        missing = {
-            t: f"{system} was not scored on it" for t in results["tasks"] if t not in {**ratios, **refused}
-        }
+        missing = {t: f"{system} was not scored on it" for t in results["tasks"] if t not in {**ratios, **refused}}
         whole = bool(ratios) and not missing
         summary[system] = Normalised(
             score=float(np.mean(list(ratios.values()))) if whole else None,
@@ -146,8 +144,7 @@ def _resampled_means(results: Results, task: str, seed: list[int]) -> dict[str, 
         rng, scores = np.random.default_rng([*seed, size]), np.array(list(rows.values()))
         # How often each example is drawn, 100 resamples at a time: memory stays small for large test sets.
         drawn = [
-            rng.multinomial(size, np.full(size, 1 / size), size=100) @ scores.T / size
-            for _ in range(RESAMPLES // 100)
+            rng.multinomial(size, np.full(size, 1 / size), size=100) @ scores.T / size for _ in range(RESAMPLES // 100)
         ]
         means.update(zip(rows, np.concatenate(drawn).T, strict=True))
     return means

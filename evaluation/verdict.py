@@ -28,9 +28,7 @@ def verdict(results: Results) -> str:
 
 def cost_words(cost: Mapping[str, Any]) -> str:
     """A cost in words, `1.9 M parameters (rank 56) and 4.0 % of a prefill`; what is unknown is left out."""
-    words = (
-        [f"{_count(cost['extra_parameters'])} parameters"] if cost.get("extra_parameters") is not None else []
-    )
+    words = [f"{_count(cost['extra_parameters'])} parameters"] if cost.get("extra_parameters") is not None else []
     if words and cost.get("rank") is not None:
         words[0] += f" (rank {cost['rank']})"
     if cost.get("prefill_overhead"):

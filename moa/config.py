@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field, fields
-from difflib import get_close_matches
 from pathlib import Path
 
+from moa.errors import nearest
 from moa.routing import RoutingMode, check_mode
 
 CONFIG_NAME = "moa_config.json"
@@ -73,9 +73,8 @@ class MoaConfig:
             raise ValueError(f"{path} is not valid JSON ({error}): save or download the mixture again") from error
         known = {known.name for known in fields(cls)}
         for key in sorted(set(read) - known):
-            near = get_close_matches(key, known, n=1)
-            hint = f", did you mean {near[0]!r}" if near else ""
-            raise ValueError(f"{path} has the unknown key {key!r}{hint}: a newer version of moa may have written it")
+            hint = nearest(key, known)
+            raise ValueError(f"{path} has the unknown key {key!r} (a newer version of moa may have written it){hint}")
         missing = sorted({"base_model", "experts"} - set(read))
         if missing:
             raise ValueError(f"{path} lacks {missing[0]!r}: it is no saved mixture, save it again")

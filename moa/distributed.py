@@ -14,8 +14,8 @@ from accelerate.utils import DistributedType
 SHARDED = {"ACCELERATE_USE_FSDP": DistributedType.FSDP, "ACCELERATE_USE_DEEPSPEED": DistributedType.DEEPSPEED}
 
 
-def check_launch(num_processes: int | None = None) -> str:
-    """Describe the processes that run, such as "world size 2, strategy DDP (gloo), device cpu".
+def check_launch(num_processes: int | None = None) -> None:
+    """Print the processes that run, such as "world size 2, strategy DDP (gloo), device cpu".
 
     Args:
         num_processes: how many the user wants; None accepts any number.
@@ -45,7 +45,7 @@ def check_launch(num_processes: int | None = None) -> str:
                 f"the launcher was asked for {asked.value}, {state.distributed_type.value} is in force: "
                 "sharding needs an accelerator, launch without it here"
             )
-    return f"world size {running}, strategy {_strategy(state)}, device {state.device}"
+    state.print(f"world size {running}, strategy {_strategy(state)}, device {state.device}", flush=True)
 
 
 def _strategy(state: PartialState) -> str:

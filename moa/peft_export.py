@@ -132,9 +132,15 @@ def _config_for(model, base: torch.nn.Module, modules: Mapping[str, LowRank]):
 
 
 def check_name(name: str, kind: str = "adapter") -> str:
-    """The name, or an AdapterError if PEFT or a file system cannot take it (a dot is a KeyError in PEFT)."""
+    """The name, or an AdapterError if PEFT or a file system cannot take it.
+
+    PEFT keeps factors in a `ModuleDict` by the adapter's name: a dot is a KeyError there, and so is the name of one
+    of its own attributes, such as "type" or "half".
+    """
     if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
-        raise AdapterError(f"{name!r} cannot name an {kind}: use letters, digits, _ and - only")
+        raise AdapterError(f"{kind} name {name!r} is not usable: use letters, digits, _ and - only")
+    if hasattr(torch.nn.ModuleDict(), name):
+        raise AdapterError(f"{kind} name {name!r} is the name of something in torch's ModuleDict: choose another")
     return name
 
 

@@ -83,7 +83,12 @@ def _write_mixture(model: MoaModel, directory: Path, **kwargs: Any) -> None:
         state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.moa_router.state_dict().items()}
         save_file(state, directory / ROUTER_NAME)
         config.sha256[ROUTER_NAME] = file_sha256(directory / ROUTER_NAME)
-    (directory / CONFIG_NAME).write_text(config.to_json())
+    describe_mixture(model, directory)
+
+
+def describe_mixture(model: MoaModel, directory: Path) -> None:
+    """Write `moa_config.json` and the model card, also later, when there are scores to show."""
+    (directory / CONFIG_NAME).write_text(model.moa_config.to_json())
     (directory / "README.md").write_text(mixture_card(model))
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTConfig
 
@@ -28,7 +28,13 @@ SETTINGS = ("learning_rate", "lr_scheduler_type", "warmup_steps", "max_steps", "
 
 
 def train_adapter(
-    task: Task, model_name: str, training: SFTConfig, *, lora_config: LoraConfig, rows: dict[str, Any]
+    task: Task,
+    model_name: str,
+    training: SFTConfig,
+    *,
+    lora_config: LoraConfig,
+    rows: dict[str, Any],
+    attn_implementation: str | None = None,
 ) -> Path:
     """Train a LoRA adapter for `task` and save it to `training.output_dir/task.name`.
 
@@ -37,6 +43,7 @@ def train_adapter(
         training: TRL's settings; `output_dir` is the folder of all adapters.
         lora_config: shape of the adapter; without `target_modules` the attention projections are adapted.
         rows: `source`, `data_dir`, `limit` of the training rows.
+        attn_implementation: as in `from_pretrained`.
 
     Raises:
         ValueError: a finished adapter with other settings stands there, or an unfinished run that was not resumed.
@@ -55,7 +62,8 @@ def train_adapter(
             "or choose another --output_dir"
         )
 
-    model = load_base_model(model_name)
+    set_seed(training.seed)  # TRL draws the adapter's first factors before its own seed is set
+    model = load_base_model(model_name, attn_implementation=attn_implementation)
     if lora_config.target_modules is None:
         lora_config = copy.copy(lora_config)
         lora_config.target_modules = attention_projections(model)

@@ -56,18 +56,19 @@ def feature_dataset(
     if file.is_file():
         features = load_file(file)["features"]
     else:
-        features = _compute(base_model, tokenizer, layer, prompts, batch_size)
+        features = compute_features(base_model, tokenizer, layer, prompts, batch_size)
         _write(file, features)
     return FeatureDataset(features, labels)
 
 
-def _compute(
+def compute_features(
     base_model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     layer: int,
     prompts: Sequence[str],
     batch_size: int,
 ) -> Tensor:
+    """One prefix pass over the prompts, `[prompts, hidden]`, in batches of alike lengths."""
     by_length = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     features: dict[int, Tensor] = {}
     with Progress(transient=True) as progress:

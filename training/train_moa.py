@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
 from transformers import TrainingArguments
 from transformers.hf_argparser import HfArg
 
@@ -62,7 +63,10 @@ class RouterTrainingArguments(TrainingArguments):
     per_device_train_batch_size: int = field(default=64, metadata={"help": "prompts a step and process"})
     num_train_epochs: float = field(default=20.0, metadata={"help": "passes over the prompts"})
     weight_decay: float = field(default=0.01, metadata={"help": "weight decay"})
-    logging_steps: float = field(default=20, metadata={"help": "log every so many steps"})
+    logging_steps: float = field(default=100, metadata={"help": "log every so many steps"})
+    dataloader_pin_memory: bool = field(
+        default_factory=torch.cuda.is_available, metadata={"help": "pin memory; default where there is a GPU"}
+    )
     save_strategy: str = field(default="epoch", metadata={"help": "when to save a checkpoint: no, steps, epoch"})
     remove_unused_columns: bool = field(default=False, metadata={"help": "leave as it is: features have no columns"})
     save_total_limit: int | None = field(default=1, metadata={"help": "checkpoints kept"})
@@ -76,7 +80,7 @@ def main(argv: list[str] | None = None) -> None:
     from moa.training.data import find_adapters, load_tasks
     from moa.training.mixture import train_mixture
 
-    print(check_launch(moa.num_processes), flush=True)
+    check_launch(moa.num_processes)
     tasks = load_tasks(moa.tasks)
     train_mixture(
         tasks,

@@ -30,7 +30,9 @@ def load_task(name: str | Path) -> Task:
     if Path(name).suffix in (".yaml", ".yml"):
         return read_task(name)
     if str(name) not in task_names():
-        raise ValueError(f"{unknown('task', str(name), task_names())}, or pass the path of a .yaml file of your own")
+        raise ValueError(
+            f"{unknown('task', str(name), task_names())} (the path of a .yaml file is a task of your own)"
+        )
     return _catalog_task(str(name))
 
 

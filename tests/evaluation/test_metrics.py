@@ -135,8 +135,7 @@ def test_the_mean_over_examples_is_the_headline(name, predictions, references):
 
 def test_one_example_of_bleu_is_sentence_bleu():
     expected = [
-        sacrebleu.sentence_bleu(t, g, use_effective_order=True).score
-        for t, g in zip(TRANSLATIONS, GOLDS, strict=True)
+        sacrebleu.sentence_bleu(t, g, use_effective_order=True).score for t, g in zip(TRANSLATIONS, GOLDS, strict=True)
     ]
     assert per_example("bleu", TRANSLATIONS, GOLDS) == pytest.approx(expected)
 
@@ -168,9 +167,7 @@ def test_an_unknown_name_is_looked_for_by_evaluate_then_refused_with_the_nearest
         raise FileNotFoundError("no such module")
 
     monkeypatch.setattr(evaluate, "load", evaluate_load)
-    with pytest.raises(
-        ValueError, match=r"unknown metric 'rogue'; did you mean 'rouge'\? \(there are accuracy"
-    ):
+    with pytest.raises(ValueError, match=r"unknown metric 'rogue'; did you mean 'rouge'\? \(there are accuracy"):
         load("rogue", keep_in_memory=True)
     assert asked == [("rogue", {"keep_in_memory": True})]
 

@@ -76,10 +76,7 @@ def seven():
             share = 1.0 if home else level.get(system, rng.uniform(0.4, 0.8))
             away = system.startswith("lora") and not home
             rows = random.Random(task)
-            scores = [
-                min(100.0, (60 + 5 * index) * share * rows.uniform(0.5, 1.5))
-                for _ in range(24 if away else 60)
-            ]
+            scores = [min(100.0, (60 + 5 * index) * share * rows.uniform(0.5, 1.5)) for _ in range(24 if away else 60)]
             cells.append(make_cell(system, task, scores, headline, nll=2.2 - 1.9 * share))
     results = make_results(cells, TASKS, systems)
     results["systems"][-1]["note"] = "scale 0.43 chosen on validation"
@@ -178,9 +175,7 @@ def test_a_task_whose_own_lora_does_not_beat_the_base_is_left_out_with_the_reaso
     cell_of(two, "base", "b")["scores"]["accuracy"] = 60.0
     scores = normalised(two)
     assert scores["merge:svd"]["per_task"] == pytest.approx({"a": 50})
-    assert scores["merge:svd"]["refused"] == {
-        "b": "its own LoRA (60.0) is no better than the base model (60.0)"
-    }
+    assert scores["merge:svd"]["refused"] == {"b": "its own LoRA (60.0) is no better than the base model (60.0)"}
     assert "b is left out: its own LoRA (60.0) is no better" in printed(two, 120)
 
 
@@ -228,9 +223,7 @@ def test_a_difference_is_paired(two):
 
 def test_the_verdict_says_route_when_the_mixture_is_surely_ahead(seven):
     sentence = verdict(seven)
-    assert re.match(
-        r"Route: it keeps 98\.\d % .* more \(95 % interval \d+\.\d to \d+\.\d\) than ties, ", sentence
-    )
+    assert re.match(r"Route: it keeps 98\.\d % .* more \(95 % interval \d+\.\d to \d+\.\d\) than ties, ", sentence)
     assert "the best of 6 merges" in sentence
     assert "routing adds 3.2 M parameters (rank 56) and 21.0 % of a prefill" in sentence
     assert sentence.endswith("ties adds 460.8 k parameters (rank 8).")
@@ -240,9 +233,7 @@ def test_the_verdict_says_merge_when_a_merge_is_surely_ahead(two):
     for cell in two["cells"]:
         cell["system"] = {"moa": "merge:svd", "merge:svd": "moa"}.get(cell["system"], cell["system"])
     sentence = verdict(two)
-    assert sentence.startswith(
-        "Merge: svd, the only merge, keeps 100.0 % of what each task's own LoRA scores"
-    )
+    assert sentence.startswith("Merge: svd, the only merge, keeps 100.0 % of what each task's own LoRA scores")
     assert re.search(r"50\.0 points more \(95 % interval \d+\.\d to \d+\.\d\) than routing", sentence)
 
 

@@ -39,7 +39,7 @@ def refusal(adapters, **options):
         ({"weights": [1, 1, float("nan")]}, "weights must be finite numbers"),
         ({"method": "average", "weights": [1, 1, -2]}, "add up to zero"),
         ({"scale": 0.0}, "scale must be a finite number other than 0"),
-        ({"name": "a.b"}, "'a.b' cannot name an adapter: use letters, digits, _ and - only"),
+        ({"name": "a.b"}, "adapter name 'a.b' is not usable: use letters, digits, _ and - only"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(options, message, folders, tmp_path):

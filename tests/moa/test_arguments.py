@@ -207,9 +207,7 @@ def test_a_refused_command_leaves_the_environment_alone(config, refusal, monkeyp
 
 def test_help_lists_every_field_with_its_default_and_ends_with_the_examples(capsys):
     with pytest.raises(SystemExit) as stop:
-        parse(
-            (Data, Training), ["--help"], prog="moa train", description="Train.", examples="moa train --x 1"
-        )
+        parse((Data, Training), ["--help"], prog="moa train", description="Train.", examples="moa train --x 1")
     text = " ".join(capsys.readouterr().out.split())
     assert stop.value.code == 0
     assert text.startswith("usage: moa train [--config FILE.yaml] [--option value ...] Train.")
@@ -225,9 +223,7 @@ def test_help_lists_every_field_with_its_default_and_ends_with_the_examples(caps
 def test_the_training_arguments_of_trl_go_through(config, tmp_path):
     from trl import SFTConfig
 
-    path = config(
-        f"output_dir: {tmp_path}\neval_strategy: no\nlearning_rate: 1e-3\nreport_to: none\nbf16: false"
-    )
+    path = config(f"output_dir: {tmp_path}\neval_strategy: no\nlearning_rate: 1e-3\nreport_to: none\nbf16: false")
     (training,) = parse(SFTConfig, ["--config", path, "--use_cpu", "--max-steps", "3"])
     assert training.learning_rate == 1e-3 and training.max_steps == 3
     assert training.eval_strategy.value == "no" and training.report_to == []

@@ -196,7 +196,7 @@ def test_a_router_for_another_number_of_experts_is_refused(model):
         model.set_router(SequenceRouter(32, 4))
 
 
-@pytest.mark.parametrize("name", ["a.b", "a/b", "a b", "default"])
+@pytest.mark.parametrize("name", ["a.b", "a/b", "a b", "default", "type", "half"])
 def test_a_name_that_peft_cannot_hold_is_refused(base_model, adapters, name):
     with pytest.raises(ValueError, match="name|called"):
         MoaModel.from_adapters(base_model, {name: adapters["cats"]})

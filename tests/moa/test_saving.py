@@ -125,7 +125,7 @@ def test_a_plain_adapter_is_no_mixture(adapters):
 def test_an_unknown_key_in_the_config_is_named(saved):
     config = json.loads((saved / "moa_config.json").read_text())
     (saved / "moa_config.json").write_text(json.dumps({**config, "routingg": "hard"}))
-    with pytest.raises(ValueError, match="unknown key 'routingg', did you mean 'routing'"):
+    with pytest.raises(ValueError, match="unknown key 'routingg'.*did you mean 'routing'"):
         MoaModel.from_pretrained(None, saved)
 
 

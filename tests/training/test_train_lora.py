@@ -1,6 +1,10 @@
 """One adapter a task: what is trained, what is kept, what a kill costs."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -129,3 +133,19 @@ def test_the_loss_is_that_of_all_logits(base_model, command):
     kept = base_model(input_ids=ids, logits_to_keep=answer_positions(labels)).logits
     got = F.cross_entropy(kept.transpose(1, 2), labels[:, answer_positions(labels) + 1])
     torch.testing.assert_close(got, expected)
+
+
+def test_two_processes_train_one_adapter_data_parallel(command, tmp_path):
+    script = Path(__file__).parents[2] / "training" / "train_lora.py"
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [*launch, str(script), *command("--num_processes", "2", "--max_steps", "2")],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("world size 2, strategy DDP (gloo), device cpu") == 1
+    state = json.loads((tmp_path / "lora" / "sst2" / "checkpoint-2" / "trainer_state.json").read_text())
+    assert state["epoch"] == pytest.approx(2 * 2 * 8 / 48, rel=0.1)  # two processes see twice the rows

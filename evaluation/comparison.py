@@ -1,0 +1,89 @@
+"""Everything the report needs, from the cells: oracle, router, costs, and where the numbers come from."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+from collections.abc import Sequence
+from importlib.metadata import version
+from typing import Any
+
+from sklearn.metrics import confusion_matrix
+
+from moa.evaluation import metrics
+from moa.evaluation.runner import Questions
+from moa.evaluation.summary import normalised
+from moa.evaluation.systems import System
+from moa.model import MoaModel
+
+PACKAGES = ("torch", "transformers", "peft", "sacrebleu", "rouge-score", "scikit-learn", "moa-peft")
+
+
+def results(
+    model: MoaModel,
+    questions: Sequence[Questions],
+    systems: Sequence[System],
+    cells: Sequence[dict[str, Any]],
+    *,
+    seed: int,
+    source: str,
+) -> dict[str, Any]:
+    """The results of a comparison, as `write_json` stores them."""
+    return {
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "seed": seed,
+        "source": source,
+        "base_model": model.moa_config.base_model,
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {model.device.type}",
+        "versions": {package: version(package) for package in PACKAGES},
+        "sha256": model.moa_config.sha256,
+        "tasks": {asked.task.name: _task(asked) for asked in questions},
+        "systems": [
+            *(
+                {"name": system.name, "kind": system.kind, "note": system.note, "scales": system.scales}
+                for system in systems
+            ),
+            {"name": "oracle", "kind": "oracle", "note": "each task with its own LoRA"},
+        ],
+        "cells": [*({k: v for k, v in cell.items() if k != "key"} for cell in cells), *_oracle(cells)],
+        "router": _router(model, cells),
+        "costs": [{"system": system.name, **system.cost} for system in systems if system.cost],
+    }
+
+
+def card_scores(found: dict[str, Any]) -> dict[str, float]:
+    """What the model card shows: how much of each task's own LoRA the mixture and the merges keep, 1 is all of it."""
+    kept = {name: score["score"] for name, score in normalised(found).items() if name.startswith(("moa", "merge:"))}
+    return {f"{name}: share of the own LoRA's score": score / 100 for name, score in kept.items() if score is not None}
+
+
+def _task(asked: Questions) -> dict[str, Any]:
+    metric = asked.task.metric
+    examples = {"diagonal": len(asked.examples), "other": min(asked.others, len(asked.examples))}
+    return {"metric": metric, "headline": metrics.headline(metric), "examples": examples}
+
+
+def _oracle(cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    own = [cell for cell in cells if cell["system"] == f"lora:{cell['task']}"]
+    return [{**{k: v for k, v in cell.items() if k != "key"}, "system": "oracle"} for cell in own]
+
+
+def _router(model: MoaModel, cells: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """Which expert the prompts of each task went to; tasks without an expert of their own are left out."""
+    names = list(model.experts)
+    pairs = [
+        (names.index(cell["task"]), chosen)
+        for cell in cells
+        if cell["system"] == "moa" and cell["task"] in names
+        for chosen in cell["routed"]
+    ]
+    if not pairs:
+        return None
+    tasks, chosen = zip(*pairs, strict=True)
+    return {
+        "names": names,
+        "accuracy": sum(task == expert for task, expert in pairs) / len(pairs),
+        "confusion": confusion_matrix(tasks, chosen, labels=range(len(names))).tolist(),
+        "n": len(pairs),
+    }

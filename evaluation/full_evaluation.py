@@ -1,0 +1,102 @@
+# /// script
+# dependencies = ["moa-peft"]
+# ///
+"""Score the base model, each LoRA, the mixture and every merge on every task: is a router worth it, or is a merge?
+
+    python evaluation/full_evaluation.py --mixture outputs/moa --source pocket
+    python evaluation/full_evaluation.py --mixture outputs/moa --data_dir my_data --rows 500 --methods svd ties
+    python evaluation/full_evaluation.py --config evaluation.yaml --scales 1
+
+Prints the table, and writes results.json and report.html to OUTPUT_DIR. Ctrl-C loses nothing: the same command goes
+on with the first cell that is missing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from moa.arguments import parse, run
+
+EXAMPLES = "\n".join(line.strip() for line in (__doc__ or "").splitlines() if line.startswith("    "))
+
+
+@dataclass
+class EvaluationArguments:
+    """What to compare, and on how many examples."""
+
+    mixture: str = field(default="outputs/moa", metadata={"help": "saved mixture: a folder, or a Hub repository"})
+    model: str | None = field(default=None, metadata={"help": "base model, if not the one that the mixture names"})
+    tasks: list[str] | None = field(
+        default=None, metadata={"help": "names of tasks, or YAML files of your own; default the experts' own"}
+    )
+    source: str = field(
+        default="hub", metadata={"help": "where rows come from: hub, pocket, or local with --data_dir"}
+    )
+    data_dir: str | None = field(default=None, metadata={"help": "folder with TASK/{train,validation,test}.jsonl"})
+    methods: list[str] = field(
+        default_factory=lambda: ["average", "concatenation", "factor_sum", "svd", "ties"],
+        metadata={"help": "merge methods to compare; 'moa methods' lists them, none compares no merge"},
+    )
+    scales: list[float] = field(
+        default_factory=lambda: [1.0, 1.5, 2.0, 3.0],
+        metadata={"help": "strengths to choose from on validation rows, 1 is the mean; the average keeps its 1"},
+    )
+    rows: int = field(default=100, metadata={"help": "test examples a task"})
+    other_rows: int = field(default=40, metadata={"help": "test examples for an expert on a task that is not its own"})
+    validation_rows: int = field(default=16, metadata={"help": "validation examples a task to choose the scale on"})
+    batch_size: int = field(default=32, metadata={"help": "prompts at once"})
+    seed: int = field(default=0, metadata={"help": "which examples are drawn"})
+    output_dir: str = field(default="outputs/evaluation", metadata={"help": "where cells, results and report go"})
+
+
+@run
+def main(argv: list[str] | None = None) -> None:
+    (asked,) = parse(EvaluationArguments, argv, prog="full_evaluation.py", examples=EXAMPLES)
+    from itertools import chain
+
+    from rich.console import Console
+
+    from moa.base_model import load_tokenizer
+    from moa.evaluation.comparison import card_scores, results
+    from moa.evaluation.merges import check_methods, merge_systems
+    from moa.evaluation.report import print_table, write_html, write_json
+    from moa.evaluation.runner import Questions, fill_table
+    from moa.evaluation.systems import base_system, expert_system, mixture_system
+    from moa.model import MoaModel
+    from moa.saving import describe_mixture
+    from moa.tasks import load_task
+
+    for option in ("rows", "other_rows", "validation_rows", "batch_size"):
+        if getattr(asked, option) < 1:
+            raise ValueError(f"--{option} must be at least 1, got {getattr(asked, option)}")
+    methods = [] if asked.methods == ["none"] else asked.methods
+    check_methods(methods)
+    model = MoaModel.from_pretrained(asked.model, asked.mixture)
+    tokenizer = load_tokenizer(asked.model or model.moa_config.base_model)
+    tasks = [load_task(name) for name in asked.tasks or model.experts]
+    rows = {"source": asked.source, "data_dir": asked.data_dir, "seed": asked.seed}
+    questions = [Questions(task, task.examples("test", limit=asked.rows, **rows), asked.other_rows) for task in tasks]
+    validation = [task.examples("validation", limit=asked.validation_rows, **rows) for task in tasks]
+
+    output = Path(asked.output_dir)
+    systems = chain(
+        [base_system(model), *(expert_system(model, name) for name in model.experts), mixture_system(model)],
+        merge_systems(model, tokenizer, methods, asked.scales, validation, output / "cells"),
+    )
+    count = 2 + len(model.experts) + len(methods)
+    done, cells = fill_table(
+        model, tokenizer, systems, count, questions, output / "cells", batch_size=asked.batch_size
+    )
+    found = results(model, questions, done, cells, seed=asked.seed, source="local" if asked.data_dir else asked.source)
+    write_json(found, output / "results.json")
+    write_html(found, output / "report.html")
+    if Path(asked.mixture).is_dir():
+        model.moa_config.scores |= card_scores(found)
+        describe_mixture(model, Path(asked.mixture))
+    print_table(found, Console())
+    print(f"\nresults: {output / 'results.json'}\nreport:  {output / 'report.html'}")
+
+
+if __name__ == "__main__":
+    main()

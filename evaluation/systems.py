@@ -1,0 +1,99 @@
+"""What is compared: the base model, each expert alone, the mixture, and every merge, on one model object."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from moa.evaluation.scoring import Activate
+from moa.model import MoaModel
+from moa.saving import ROUTER_NAME
+
+
+@dataclass
+class System:
+    """One row of the table.
+
+    Attributes:
+        name: such as "base", "lora:sst2", "moa", "merge:ties".
+        kind: base, lora, moa or merge.
+        fingerprint: changes whenever its answers could: checksums of what it runs.
+        activate: makes the model answer a batch as this system.
+        cost: what it adds to the base model: `extra_parameters`, `rank`, and `prefill_overhead` as a share.
+        note: what the reader of the table should know, such as a scale that was chosen on validation.
+        scales: for a merge, the strengths that were tried, and the validation likelihood of each.
+        routed: for the mixture, the experts chosen since it was last emptied.
+    """
+
+    name: str
+    kind: str
+    fingerprint: str
+    activate: Activate
+    cost: dict[str, float]
+    note: str = ""
+    scales: dict[float, float] = field(default_factory=dict)
+    routed: list[int] = field(default_factory=list)
+
+
+def base_system(model: MoaModel) -> System:
+    return System("base", "base", "", _ignoring_batch(model.using_base), cost={})
+
+
+def expert_system(model: MoaModel, expert: str) -> System:
+    """One expert for all prompts, whatever their task."""
+    fingerprint = model.moa_config.sha256[expert]
+    activate = _ignoring_batch(lambda: model.using(expert))
+    return System(f"lora:{expert}", "lora", fingerprint, activate, _cost(model, [expert]))
+
+
+def merge_system(model: MoaModel, adapter: str, method: str, scale: float, tried: dict[float, float]) -> System:
+    """A merge of the experts that was loaded into the model as `adapter`."""
+    return System(
+        f"merge:{method}",
+        "merge",
+        f"{_experts(model)} {method} {scale}",
+        _ignoring_batch(lambda: model.using(adapter)),
+        _cost(model, [adapter]),
+        note=f"scale {scale:g}" + (" chosen on validation" if tried else ""),
+        scales=tried,
+    )
+
+
+def mixture_system(model: MoaModel) -> System:
+    """Each prompt through the experts that the router chooses."""
+    routed: list[int] = []
+
+    @contextmanager
+    def activate(input_ids: Tensor, attention_mask: Tensor) -> Iterator[None]:
+        routing = model.route(input_ids, attention_mask)
+        routed.extend(routing.experts)
+        with model.pinned(routing):
+            yield
+
+    config = model.moa_config
+    depth = model.config.get_text_config().num_hidden_layers
+    cost = {**_cost(model, model.experts), "prefill_overhead": config.router_layer / depth}
+    note = {"hard": "best expert", "top_k": f"best {config.top_k} mixed", "soft": "all mixed"}[config.routing]
+    fingerprint = f"{_experts(model)} {config.sha256[ROUTER_NAME]} {config.routing} {config.top_k}"
+    return System("moa", "moa", fingerprint, activate, cost, note, routed=routed)
+
+
+def _experts(model: MoaModel) -> str:
+    return " ".join(model.moa_config.sha256[name] for name in model.experts)
+
+
+def _cost(model: MoaModel, adapters: Sequence[str]) -> dict[str, float]:
+    factors = [
+        (name, parameter)
+        for name, parameter in model.named_parameters()
+        if ".lora_" in name and name.split(".")[-2] in adapters
+    ]
+    ranks = [parameter.shape[0] for name, parameter in factors if ".lora_A." in name]
+    return {"extra_parameters": sum(parameter.numel() for _, parameter in factors), "rank": max(ranks)}
+
+
+def _ignoring_batch(context: Callable[[], AbstractContextManager]) -> Activate:
+    return lambda input_ids, attention_mask: context()

@@ -1,0 +1,98 @@
+"""Who may import whom, as CONTRIBUTING.md says it; read from the source, nothing is run."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FOLDERS = {"moa": "moa", "merging": "moa.merging", "training": "moa.training", "evaluation": "moa.evaluation"}
+FILES = {
+    ".".join([package, *path.relative_to(ROOT / folder).with_suffix("").parts]).removesuffix(".__init__"): path
+    for folder, package in FOLDERS.items()
+    for path in sorted((ROOT / folder).rglob("*.py"))
+}
+
+
+def imports(path):
+    """Every module that a file imports anywhere, also inside functions."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} imports relatively"
+            yield node.module
+
+
+def importers(package):
+    """Our modules that import `package` or something inside it."""
+    inside = (package, f"{package}.")
+    return {
+        name for name, path in FILES.items() if any(m == inside[0] or m.startswith(inside[1]) for m in imports(path))
+    }
+
+
+def ours(name):
+    return {module for module in imports(FILES[name]) if module == "moa" or module.startswith("moa.")}
+
+
+@pytest.mark.parametrize("name", ["moa.errors", "moa.low_rank", "moa.routing", "moa.router", "moa.base_model"])
+def test_the_bottom_imports_nothing_of_ours(name):
+    assert ours(name) <= {"moa.errors"}
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if name.startswith("moa.tasks")])
+def test_tasks_know_only_tasks_and_errors(name):
+    assert all(module.startswith(("moa.tasks", "moa.errors")) for module in ours(name))
+    assert not {"torch", "transformers", "peft", "trl"} & {module.split(".")[0] for module in imports(FILES[name])}
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if name.startswith("moa.merging")])
+def test_merging_needs_no_model(name):
+    allowed = ("moa.merging", "moa.low_rank", "moa.adapters", "moa.peft_checks", "moa.errors")
+    assert all(module.startswith(allowed) for module in ours(name))
+    assert not {"transformers", "peft", "trl"} & {module.split(".")[0] for module in imports(FILES[name])}
+
+
+def test_training_and_evaluation_do_not_know_each_other():
+    assert not any(name.startswith("moa.evaluation") for name in importers("moa.training"))
+    assert not any(name.startswith("moa.training") for name in importers("moa.evaluation"))
+
+
+def test_nothing_below_imports_training_or_evaluation():
+    above = importers("moa.training") | importers("moa.evaluation")
+    assert all(name.startswith(("moa.training", "moa.evaluation")) for name in above)
+
+
+def test_each_outside_library_is_known_in_few_rooms():
+    assert importers("trl") <= {
+        "moa.arguments",
+        "moa.training.lora",
+        "moa.training.trainer",
+        "moa.training.train_lora",
+    }
+    assert importers("evaluate") == {"moa.evaluation.metrics"}
+    assert importers("peft") <= {
+        "moa.adapters",
+        "moa.peft_checks",
+        "moa.peft_export",
+        "moa.mixture",
+        "moa.model",
+        "moa.saving",
+        "moa.training.lora",
+        "moa.training.train_lora",
+    }
+
+
+def test_nothing_is_pickled():
+    loaders = ("torch.load", "torch.save", "pickle", "joblib")
+    for name, path in FILES.items():
+        source = path.read_text()
+        assert not any(f"{loader}(" in source or f"import {loader}" in source for loader in loaders), name
+
+
+@pytest.mark.parametrize("folder", ["merging", "training", "evaluation"])
+def test_a_folder_refuses_to_be_imported_under_its_bare_name(folder, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+    with pytest.raises(ImportError, match=f"import moa.{folder}"):
+        __import__(folder)
