@@ -1,7 +1,7 @@
 # /// script
 # dependencies = ["moa-peft"]
 # ///
-"""Score the base model, each LoRA, the mixture and every merge on every task: is a router worth it, or is a merge?
+"""Score base model, each LoRA, mixture and every merge on every task: is a router worth it, or is a merge?
 
     python evaluation/full_evaluation.py --mixture outputs/moa --source pocket
     python evaluation/full_evaluation.py --mixture outputs/moa --data_dir my_data --rows 500 --methods svd ties
@@ -28,7 +28,8 @@ class EvaluationArguments:
     mixture: str = field(default="outputs/moa", metadata={"help": "saved mixture: a folder, or a Hub repository"})
     model: str | None = field(default=None, metadata={"help": "base model, if not the one that the mixture names"})
     tasks: list[str] | None = field(
-        default=None, metadata={"help": "names of tasks, or YAML files of your own; default the experts' own"}
+        default=None,
+        metadata={"help": "tasks, suites, or your YAML files; default the experts' own"},
     )
     source: str = field(
         default="hub", metadata={"help": "where rows come from: hub, pocket, or local with --data_dir"}
@@ -65,7 +66,7 @@ def main(argv: list[str] | None = None) -> None:
     from moa.evaluation.systems import base_system, expert_system, mixture_system
     from moa.model import MoaModel
     from moa.saving import describe_mixture
-    from moa.tasks import load_task
+    from moa.tasks import load_tasks
 
     for option in ("rows", "other_rows", "validation_rows", "batch_size"):
         if getattr(asked, option) < 1:
@@ -74,7 +75,7 @@ def main(argv: list[str] | None = None) -> None:
     check_methods(methods)
     model = MoaModel.from_pretrained(asked.model, asked.mixture)
     tokenizer = load_tokenizer(asked.model or model.moa_config.base_model)
-    tasks = [load_task(name) for name in asked.tasks or model.experts]
+    tasks = load_tasks(asked.tasks or model.experts)
     rows = {"source": asked.source, "data_dir": asked.data_dir, "seed": asked.seed}
     questions = [Questions(task, task.examples("test", limit=asked.rows, **rows), asked.other_rows) for task in tasks]
     validation = [task.examples("validation", limit=asked.validation_rows, **rows) for task in tasks]

@@ -3,16 +3,16 @@
 moa methods --markdown > METHODS.md
 """
 
-import argparse
 import json
 from typing import Any, Literal, get_args, get_origin
 
+from moa.errors import OneLineParser
 from moa.merging.registry import LAWS, MergeMethod, methods
 
 
 def main(argv: list[str] | None = None) -> None:
     """Print the list."""
-    parser = argparse.ArgumentParser(prog="moa methods", description="List the merge methods and their options.")
+    parser = OneLineParser(prog="moa methods", description="List the merge methods and their options.")
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="as JSON")
     form.add_argument("--markdown", action="store_true", help="as the page METHODS.md")

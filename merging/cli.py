@@ -4,13 +4,13 @@ Options of the methods become flags by themselves: a new method needs no line he
 """
 
 import argparse
-from typing import Literal, NoReturn, get_args, get_origin
+from typing import Literal, get_args, get_origin
 
 import torch
 from rich.console import Console
 from rich.progress import track
 
-from moa.errors import nearest, run
+from moa.errors import OneLineParser, nearest, run
 from moa.merging.api import merge
 from moa.merging.registry import MergeMethod, methods
 
@@ -43,13 +43,8 @@ def main(argv: list[str] | None = None) -> None:
     console.print(f"written to {result.path}")
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(message)
-
-
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = _Parser(
+    parser = OneLineParser(
         prog="moa merge",
         description="Merge LoRA adapters of one base model into one vanilla LoRA adapter; loads no model.",
         epilog=EXAMPLES,

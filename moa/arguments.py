@@ -15,9 +15,9 @@ import re
 import sys
 from collections.abc import Iterable, Sequence
 from textwrap import dedent, indent
-from typing import Any, NoReturn, get_type_hints
+from typing import Any, get_type_hints
 
-from moa.errors import nearest, refuse, run
+from moa.errors import OneLineParser, nearest, refuse, run
 from moa.yaml_options import environment_of, read_options, value_of
 
 __all__ = ["parse", "run"]
@@ -59,13 +59,6 @@ def parse(
         refuse(error)
 
 
-class _OneLineErrors(argparse.ArgumentParser):
-    """The usage of 150 training options would bury the one sentence that matters."""
-
-    def error(self, message: str) -> NoReturn:
-        refuse(ValueError(message))
-
-
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Defaults beside each option, and examples with the line breaks they were written with."""
 
@@ -74,10 +67,10 @@ def _parsers(wanted: tuple[Any, ...], **texts: str | None) -> tuple[Any, argpars
     """The parser of everything, and one of `--config` alone, since the file sets the other's defaults."""
     from trl import TrlParser
 
-    class Parser(_OneLineErrors, TrlParser):
+    class Parser(OneLineParser, TrlParser):
         pass
 
-    files = _OneLineErrors(add_help=False, allow_abbrev=False)
+    files = OneLineParser(add_help=False, allow_abbrev=False)
     files.add_argument(
         "--config",
         action="append",

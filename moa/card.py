@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from huggingface_hub import ModelCard, ModelCardData
 
-if TYPE_CHECKING:
-    from moa.model import MoaModel
+from moa.config import MoaConfig
 
 TEMPLATES = {
     None: "card_mixture.md.j2",
@@ -17,18 +16,17 @@ TEMPLATES = {
 }
 
 
-def mixture_card(model: MoaModel) -> str:
-    """The card of the mixture: its experts, router and scores, and how to load each piece."""
-    return _card(model, None)
+def mixture_card(config: MoaConfig, ranks: Mapping[str, int]) -> str:
+    """The card of the mixture: its experts with their ranks, router and scores, and how to load each piece."""
+    return _card(config, ranks, None)
 
 
-def fused_card(model: MoaModel, form: str) -> str:
+def fused_card(config: MoaConfig, ranks: Mapping[str, int], form: str) -> str:
     """The card of the fused adapter (`form="adapter"`) or of the base model with it folded in (`"model"`)."""
-    return _card(model, form)
+    return _card(config, ranks, form)
 
 
-def _card(model: MoaModel, form: str | None) -> str:
-    config = model.moa_config
+def _card(config: MoaConfig, ranks: Mapping[str, int], form: str | None) -> str:
     on_hub = not Path(config.base_model).is_absolute()
     tags = ["lora", "merge" if form else "mixture-of-loras", "moa-peft"]
     if form != "model" and on_hub:
@@ -39,10 +37,7 @@ def _card(model: MoaModel, form: str | None) -> str:
         pipeline_tag="text-generation",
         tags=tags,
     )
-    experts = [
-        {"name": name, "rank": model.peft_config[name].r, "sha256": config.sha256[name][:12]}
-        for name in config.experts
-    ]
+    experts = [{"name": name, "rank": ranks[name], "sha256": config.sha256[name][:12]} for name in config.experts]
     card = ModelCard.from_template(
         data,
         template_path=str(Path(__file__).parent / TEMPLATES[form]),

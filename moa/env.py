@@ -1,9 +1,10 @@
 """`moa env`: versions and hardware, to paste into a bug report."""
 
-import argparse
 import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
+
+from moa.errors import OneLineParser
 
 PACKAGES = (
     "moa-peft",
@@ -42,7 +43,7 @@ def environment() -> dict[str, str]:
 
 def main(argv: list[str] | None = None) -> None:
     """Print one line for each fact."""
-    argparse.ArgumentParser(prog="moa env", description=__doc__).parse_args(argv)
+    OneLineParser(prog="moa env", description=__doc__).parse_args(argv)
     facts = environment()
     width = max(map(len, facts))
     print("\n".join(f"{name:<{width}}  {value}" for name, value in facts.items()))

@@ -1,5 +1,6 @@
 """How an error reaches the person who can mend it: one sentence, the nearest valid name, exit status 2."""
 
+import argparse
 import difflib
 import functools
 import os
@@ -29,6 +30,13 @@ def run(main: Callable[P, T]) -> Callable[P, T]:
             refuse(error)
 
     return entry_point
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """An argument parser whose usage does not bury the one sentence that matters."""
+
+    def error(self, message: str) -> NoReturn:
+        refuse(ValueError(message))
 
 
 def refuse(error: Exception) -> NoReturn:

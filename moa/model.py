@@ -328,7 +328,7 @@ class MoaModel(PeftModelForCausalLM):
                 folded in.
             kwargs: `private`, `token`, `commit_message`, `revision`.
         """
-        from moa.saving import push_mixture
+        from moa.push import push_mixture
 
         return push_mixture(self, repo_id, fused=fused, **kwargs)
 

@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from moa.errors import run
+from moa.errors import OneLineParser, run
+
+if TYPE_CHECKING:
+    from moa.model import MoaModel
 
 EXAMPLES = """examples:
   moa push outputs/moa me/my-mixture
@@ -15,7 +22,7 @@ EXAMPLES = """examples:
 
 @run
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog="moa push",
         description=__doc__,
         epilog=EXAMPLES,
@@ -42,3 +49,62 @@ def main(argv: list[str] | None = None) -> None:
         commit_message=arguments.commit_message,
     )
     print(f"pushed to {address}")
+
+
+def push_mixture(
+    model: MoaModel,
+    repo_id: str,
+    *,
+    fused: str | None = None,
+    private: bool | None = None,
+    token: str | None = None,
+    commit_message: str | None = None,
+    revision: str | None = None,
+) -> str:
+    """See `MoaModel.push_to_hub`.
+
+    Raises:
+        ValueError: `fused` is neither None, "adapter" nor "model".
+    """
+    if fused not in (None, "adapter", "model"):
+        raise ValueError(f"fused={fused!r} does not exist: choose 'adapter', 'model', or leave it out for the mixture")
+    from huggingface_hub import HfApi
+
+    from moa.saving import write_mixture
+
+    api = HfApi(token=token)
+    with tempfile.TemporaryDirectory(prefix="moa-push-") as scratch:
+        folder = Path(scratch) / "push"
+        write_mixture(model, folder)
+        if fused is not None:
+            folder = _fuse(model, folder, fused)
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        commit = api.upload_folder(
+            repo_id=repo_id,
+            folder_path=folder,
+            revision=revision,
+            commit_message=commit_message or f"Upload {fused or 'mixture of LoRAs'}",
+        )
+    return str(commit.commit_url)
+
+
+def _fuse(model: MoaModel, mixture: Path, form: str) -> Path:
+    """From a written mixture: its root adapter alone, or the base model with that adapter folded in."""
+    from peft import PeftModelForCausalLM
+
+    from moa.adapters import WEIGHTS_FILE
+    from moa.base_model import load_base_model, load_tokenizer
+    from moa.card import fused_card
+    from moa.saving import expert_ranks
+
+    fused = mixture.parent / "fused"
+    fused.mkdir()
+    if form == "adapter":
+        for name in ("adapter_config.json", WEIGHTS_FILE):
+            shutil.copy2(mixture / name, fused / name)
+    else:
+        base = load_base_model(model.moa_config.base_model)
+        PeftModelForCausalLM.from_pretrained(base, str(mixture)).merge_and_unload().save_pretrained(fused)
+        load_tokenizer(model.moa_config.base_model).save_pretrained(fused)
+    (fused / "README.md").write_text(fused_card(model.moa_config, expert_ranks(model), form))
+    return fused

@@ -1,4 +1,4 @@
-"""A mixture on disk and on the Hub: one folder with three readers.
+"""A mixture on disk: one folder with three readers.
 
 moa/                         root: the fallback, a plain LoRA adapter (stock PEFT, vLLM)
   adapter_config.json, adapter_model.safetensors
@@ -21,8 +21,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from moa.adapters import WEIGHTS_FILE, file_sha256
-from moa.base_model import load_base_model, load_tokenizer
-from moa.card import fused_card, mixture_card
+from moa.base_model import load_base_model
+from moa.card import mixture_card
 from moa.config import CONFIG_NAME, FALLBACK, MoaConfig
 from moa.router import SequenceRouter
 
@@ -47,11 +47,13 @@ def save_mixture(
     directory.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name}-") as scratch:
         written = Path(scratch) / "mixture"
-        _write_mixture(model, written, **kwargs)
+        write_mixture(model, written, **kwargs)
         directory.mkdir(exist_ok=True)
         for entry in sorted(written.iterdir()):
             _replace(entry, directory / entry.name)
     if push_to_hub:
+        from moa.push import push_mixture
+
         push_mixture(model, repo_id or directory.name)
 
 
@@ -70,7 +72,8 @@ def _replace(source: Path, target: Path) -> None:
     source.replace(target)
 
 
-def _write_mixture(model: MoaModel, directory: Path, **kwargs: Any) -> None:
+def write_mixture(model: MoaModel, directory: Path, **kwargs: Any) -> None:
+    """Write a new folder with everything that a mixture is; the caller moves it where it belongs."""
     if FALLBACK not in model.peft_config:
         model.set_fallback()
     kwargs.pop("selected_adapters", None)
@@ -89,7 +92,12 @@ def _write_mixture(model: MoaModel, directory: Path, **kwargs: Any) -> None:
 def describe_mixture(model: MoaModel, directory: Path) -> None:
     """Write `moa_config.json` and the model card, also later, when there are scores to show."""
     (directory / CONFIG_NAME).write_text(model.moa_config.to_json())
-    (directory / "README.md").write_text(mixture_card(model))
+    (directory / "README.md").write_text(mixture_card(model.moa_config, expert_ranks(model)))
+
+
+def expert_ranks(model: MoaModel) -> dict[str, int]:
+    """Rank of each expert, for the card."""
+    return {name: model.peft_config[name].r for name in model.experts}
 
 
 def load_mixture(
@@ -161,53 +169,3 @@ def _read_router(file: Path) -> SequenceRouter:
     router = SequenceRouter(width, experts)
     router.load_state_dict(state)
     return router
-
-
-def push_mixture(
-    model: MoaModel,
-    repo_id: str,
-    *,
-    fused: str | None = None,
-    private: bool | None = None,
-    token: str | None = None,
-    commit_message: str | None = None,
-    revision: str | None = None,
-) -> str:
-    """See `MoaModel.push_to_hub`.
-
-    Raises:
-        ValueError: `fused` is neither None, "adapter" nor "model".
-    """
-    if fused not in (None, "adapter", "model"):
-        raise ValueError(f"fused={fused!r} does not exist: choose 'adapter', 'model', or leave it out for the mixture")
-    from huggingface_hub import HfApi
-
-    api = HfApi(token=token)
-    with tempfile.TemporaryDirectory(prefix="moa-push-") as scratch:
-        folder = Path(scratch) / "push"
-        _write_mixture(model, folder)
-        if fused is not None:
-            folder = _fuse(model, folder, fused)
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        commit = api.upload_folder(
-            repo_id=repo_id,
-            folder_path=folder,
-            revision=revision,
-            commit_message=commit_message or f"Upload {fused or 'mixture of LoRAs'}",
-        )
-    return str(commit.commit_url)
-
-
-def _fuse(model: MoaModel, mixture: Path, form: str) -> Path:
-    """From a written mixture: its root adapter alone, or the base model with that adapter folded in."""
-    fused = mixture.parent / "fused"
-    fused.mkdir()
-    if form == "adapter":
-        for name in ("adapter_config.json", WEIGHTS_FILE):
-            shutil.copy2(mixture / name, fused / name)
-    else:
-        base = load_base_model(model.moa_config.base_model)
-        PeftModelForCausalLM.from_pretrained(base, str(mixture)).merge_and_unload().save_pretrained(fused)
-        load_tokenizer(model.moa_config.base_model).save_pretrained(fused)
-    (fused / "README.md").write_text(fused_card(model, form))
-    return fused

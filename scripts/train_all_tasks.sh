@@ -5,4 +5,4 @@
 set -euo pipefail
 . "$(dirname "$0")/environment.sh"
 activate_environment demo
-exec python "$root/training/train_lora.py" --tasks cnn_dailymail wmt14 squad sst2 mnli paws piqa "$@"
+exec python "$root/training/train_lora.py" --tasks seven "$@"

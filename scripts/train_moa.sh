@@ -6,4 +6,4 @@ set -euo pipefail
 . "$(dirname "$0")/environment.sh"
 activate_environment demo
 exec accelerate launch --num_processes "${MOA_PROCESSES:-1}" --num_machines 1 --mixed_precision no --dynamo_backend no \
-    "$root/training/train_moa.py" --tasks cnn_dailymail wmt14 squad sst2 mnli paws piqa "$@"
+    "$root/training/train_moa.py" --tasks seven "$@"

@@ -34,6 +34,20 @@ def cache(tmp_path, monkeypatch):
 
 
 @pytest.fixture
+def refusal(capsys):
+    """What a command line answers to bad input: status 2, and one sentence on stderr, which is returned."""
+
+    def refused(main, words):
+        with pytest.raises(SystemExit) as stop:
+            main(words)
+        last = capsys.readouterr().err.strip().splitlines()[-1]
+        assert stop.value.code == 2 and last.startswith("error: ")
+        return last
+
+    return refused
+
+
+@pytest.fixture
 def hub():
     """The double of the Hub, and the requests that this test has made of it."""
     HUB.log.clear()
@@ -66,6 +80,21 @@ def base_folder(tmp_path_factory):
         tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
     ).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def base():
+    """A Llama of two layers that lives in memory only; copy it before you change it."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=64,
+    )
+    return LlamaForCausalLM(config).eval()
 
 
 @pytest.fixture

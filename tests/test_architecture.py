@@ -79,6 +79,7 @@ def test_each_outside_library_is_known_in_few_rooms():
         "moa.mixture",
         "moa.model",
         "moa.saving",
+        "moa.push",
         "moa.training.lora",
         "moa.training.train_lora",
     }

@@ -6,27 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moa.tasks import Example, Task, load_task
+from moa.tasks import Example
 
 if TYPE_CHECKING:
     from datasets import Dataset
-
-
-def load_tasks(names: Sequence[str]) -> list[Task]:
-    """The tasks by name, or by a YAML file of the user's own.
-
-    Raises:
-        ValueError: none given, one given twice, or one that does not exist.
-    """
-    if not names:
-        raise ValueError("--tasks needs at least one task: give names, or YAML files of your own")
-    tasks = [load_task(name) for name in names]
-    taken: set[str] = set()
-    for task in tasks:
-        if task.name in taken:
-            raise ValueError(f"--tasks names {task.name!r} twice: name each task once")
-        taken.add(task.name)
-    return tasks
 
 
 def completion_dataset(examples: Sequence[Example]) -> Dataset:

@@ -29,7 +29,7 @@ EXAMPLES = "\n".join(line.strip() for line in (__doc__ or "").splitlines() if li
 class LoraArguments:
     """What to train: tasks, base model, data, and the shape of the adapters (names as in PEFT and TRL)."""
 
-    tasks: list[str] = HfArg(aliases=["--task"], help="names of tasks, or YAML files of your own")
+    tasks: list[str] = HfArg(aliases=["--task"], help="tasks, suites (seven, inference), or your YAML files")
     model: str = field(default="smollm2-135m", metadata={"help": "base model: a Hub name, a folder, or smollm2-135m"})
     source: str = field(
         default="hub", metadata={"help": "where rows come from: hub, pocket, or local with --data_dir"}
@@ -90,7 +90,7 @@ class LoraTrainingConfig(SFTConfig):
 def main(argv: list[str] | None = None) -> None:
     lora, training = parse((LoraArguments, LoraTrainingConfig), argv, prog="train_lora.py", examples=EXAMPLES)
     from moa.distributed import check_launch
-    from moa.training.data import load_tasks
+    from moa.tasks import load_tasks
     from moa.training.lora import train_adapter
 
     check_launch(lora.num_processes)

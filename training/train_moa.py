@@ -29,7 +29,7 @@ EXAMPLES = "\n".join(line.strip() for line in (__doc__ or "").splitlines() if li
 class MoaArguments:
     """Which experts, on which base model, from which prompts."""
 
-    tasks: list[str] = HfArg(help="names of tasks, or YAML files of your own; each has one expert")
+    tasks: list[str] = HfArg(help="tasks, suites (seven, inference), or your YAML files; each has one expert")
     adapters: list[str] = field(
         default_factory=lambda: ["outputs/lora"],
         metadata={"help": "a folder that holds an adapter for each task, or TASK=ADAPTER for each"},
@@ -77,7 +77,8 @@ class RouterTrainingArguments(TrainingArguments):
 def main(argv: list[str] | None = None) -> None:
     moa, training = parse((MoaArguments, RouterTrainingArguments), argv, prog="train_moa.py", examples=EXAMPLES)
     from moa.distributed import check_launch
-    from moa.training.data import find_adapters, load_tasks
+    from moa.tasks import load_tasks
+    from moa.training.data import find_adapters
     from moa.training.mixture import train_mixture
 
     check_launch(moa.num_processes)

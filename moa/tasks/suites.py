@@ -1,5 +1,6 @@
 """The tasks that come with the package: one YAML file each in catalog/, and the suites made of them."""
 
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
@@ -34,6 +35,21 @@ def load_task(name: str | Path) -> Task:
             f"{unknown('task', str(name), task_names())} (the path of a .yaml file is a task of your own)"
         )
     return _catalog_task(str(name))
+
+
+def load_tasks(names: Sequence[str | Path]) -> list[Task]:
+    """Several tasks: names of tasks or of suites ("seven", "inference"), or YAML files of your own.
+
+    Raises:
+        ValueError: none given, one given twice, or one that does not exist.
+    """
+    if not names:
+        raise ValueError("--tasks needs at least one task: give names, or YAML files of your own")
+    tasks = [load_task(name) for given in names for name in SUITES.get(str(given), (given,))]
+    for position, task in enumerate(tasks):
+        if task.name in {earlier.name for earlier in tasks[:position]}:
+            raise ValueError(f"--tasks names {task.name!r} twice: name each task once")
+    return tasks
 
 
 @cache

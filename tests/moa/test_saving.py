@@ -97,7 +97,7 @@ def test_a_folder_with_another_adapter_is_not_overwritten(model, adapters, tmp_p
 
 
 def test_a_failed_save_leaves_nothing_behind(model, tmp_path, monkeypatch):
-    monkeypatch.setattr("moa.saving.mixture_card", lambda model: 1 / 0)
+    monkeypatch.setattr("moa.saving.mixture_card", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         model.save_pretrained(tmp_path / "mixture")
     assert list(tmp_path.glob("*mixture*")) == []

@@ -80,12 +80,8 @@ def test_a_killed_fit_resumes_to_the_same_router(command, tmp_path, monkeypatch)
         (["--adapters", "nowhere"], "nowhere"),
     ],
 )
-def test_bad_input_is_one_sentence_and_status_two(command, capsys, tmp_path, words, said):
-    with pytest.raises(SystemExit) as stop:
-        main(command(*words))
-    error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert stop.value.code == 2
-    assert error.startswith("error: ") and said in error
+def test_bad_input_is_one_sentence_and_status_two(command, refusal, tmp_path, words, said):
+    assert said in refusal(main, command(*words))
     assert not (tmp_path / "moa" / "moa_config.json").exists()
 
 

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from moa.tasks import DEMO_TASKS, SUITES, load_task, task_names
+from moa.tasks import DEMO_TASKS, SUITES, load_task, load_tasks, task_names
 from moa.tasks.pocket import GENERATORS
 
 
@@ -41,3 +41,11 @@ def test_an_unknown_task_is_answered_with_the_nearest_name_and_the_list():
 def test_a_name_that_no_adapter_could_bear_is_unknown_too(name):
     with pytest.raises(ValueError, match="unknown task"):
         load_task(name)
+
+
+def test_a_suite_stands_for_its_tasks_and_no_task_comes_twice():
+    assert [task.name for task in load_tasks(["inference", "sst2"])] == ["mnli", "fever", "rte", "scitail", "sst2"]
+    with pytest.raises(ValueError, match="'mnli' twice"):
+        load_tasks(["seven", "mnli"])
+    with pytest.raises(ValueError, match="at least one task"):
+        load_tasks([])
