@@ -13,10 +13,11 @@ on with the first cell that is missing.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from moa.arguments import parse, run
+from moa.tasks import Task, load_tasks
 
 EXAMPLES = "\n".join(line.strip() for line in (__doc__ or "").splitlines() if line.startswith("    "))
 
@@ -40,12 +41,15 @@ class EvaluationArguments:
         metadata={"help": "merge methods to compare; 'moa methods' lists them, none compares no merge"},
     )
     scales: list[float] = field(
-        default_factory=lambda: [1.0, 1.5, 2.0, 3.0],
+        default_factory=lambda: [0.25, 0.5, 1.0, 1.5, 2.0, 3.0],
         metadata={"help": "strengths to choose from on validation rows, 1 is the mean; the average keeps its 1"},
     )
     rows: int = field(default=100, metadata={"help": "test examples a task"})
     other_rows: int = field(default=40, metadata={"help": "test examples for an expert on a task that is not its own"})
     validation_rows: int = field(default=16, metadata={"help": "validation examples a task to choose the scale on"})
+    max_new_tokens: int | None = field(
+        default=None, metadata={"help": "cap on the length of generated answers; default what each task says"}
+    )
     batch_size: int = field(default=32, metadata={"help": "prompts at once"})
     seed: int = field(default=0, metadata={"help": "which examples are drawn"})
     output_dir: str = field(default="outputs/evaluation", metadata={"help": "where cells, results and report go"})
@@ -66,16 +70,16 @@ def main(argv: list[str] | None = None) -> None:
     from moa.evaluation.systems import base_system, expert_system, mixture_system
     from moa.model import MoaModel
     from moa.saving import describe_mixture
-    from moa.tasks import load_tasks
 
-    for option in ("rows", "other_rows", "validation_rows", "batch_size"):
-        if getattr(asked, option) < 1:
-            raise ValueError(f"--{option} must be at least 1, got {getattr(asked, option)}")
+    for option in ("rows", "other_rows", "validation_rows", "batch_size", "max_new_tokens"):
+        value = getattr(asked, option)
+        if value is not None and value < 1:
+            raise ValueError(f"--{option} must be at least 1, got {value}")
     methods = [] if asked.methods == ["none"] else asked.methods
     check_methods(methods)
     model = MoaModel.from_pretrained(asked.model, asked.mixture)
     tokenizer = load_tokenizer(asked.model or model.moa_config.base_model)
-    tasks = load_tasks(asked.tasks or model.experts)
+    tasks = [capped(task, asked.max_new_tokens) for task in load_tasks(asked.tasks or model.experts)]
     rows = {"source": asked.source, "data_dir": asked.data_dir, "seed": asked.seed}
     questions = [Questions(task, task.examples("test", limit=asked.rows, **rows), asked.other_rows) for task in tasks]
     validation = [task.examples("validation", limit=asked.validation_rows, **rows) for task in tasks]
@@ -97,6 +101,10 @@ def main(argv: list[str] | None = None) -> None:
         describe_mixture(model, Path(asked.mixture))
     print_table(found, Console())
     print(f"\nresults: {output / 'results.json'}\nreport:  {output / 'report.html'}")
+
+
+def capped(task: Task, max_new_tokens: int | None) -> Task:
+    return task if max_new_tokens is None else replace(task, max_new_tokens=min(task.max_new_tokens, max_new_tokens))
 
 
 if __name__ == "__main__":

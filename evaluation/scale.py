@@ -6,7 +6,7 @@ adapters more than on the method, so every merge gets its own.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from statistics import fmean
 
 from transformers import PreTrainedTokenizerBase
@@ -25,7 +25,8 @@ def choose_scale(
 ) -> tuple[float, dict[float, float]]:
     """The scale of a loaded adapter with the lowest negative log-likelihood of validation answers.
 
-    Scales are tried in rising order until the likelihood falls, so the far ones are often not tried at all.
+    The search starts at the scale nearest to 1 and goes up while the likelihood improves; if it never did, it goes
+    down likewise. So the far ones are often not tried at all.
 
     Args:
         validation: examples of each task; the tasks count alike, whatever the lengths of their answers.
@@ -33,12 +34,26 @@ def choose_scale(
     Returns:
         The scale, and the mean over tasks of the likelihood per answer token for each scale that was tried.
     """
-    tried: dict[float, float] = {}
-    for scale in sorted(scales):
-        tried[scale] = fmean(_nll(model, tokenizer, adapter, examples, scale) for examples in validation)
-        if tried[scale] > min(tried.values()):
-            break
-    return min(tried, key=tried.__getitem__), tried
+
+    def loss(scale: float) -> float:
+        return fmean(_nll(model, tokenizer, adapter, examples, scale) for examples in validation)
+
+    ordered = sorted(set(scales))
+    start = min(range(len(ordered)), key=lambda index: abs(ordered[index] - 1))
+    tried = {ordered[start]: loss(ordered[start])}
+    _walk(ordered[start + 1 :], loss, tried)
+    if min(tried, key=tried.__getitem__) == ordered[start]:
+        _walk(ordered[:start][::-1], loss, tried)
+    return min(tried, key=tried.__getitem__), dict(sorted(tried.items()))
+
+
+def _walk(scales: Sequence[float], loss: Callable[[float], float], tried: dict[float, float]) -> None:
+    """Try scales in this order until one is worse than the best so far."""
+    for scale in scales:
+        best = min(tried.values())
+        tried[scale] = loss(scale)
+        if tried[scale] > best:
+            return
 
 
 def _nll(
