@@ -60,7 +60,8 @@ def card_scores(found: dict[str, Any]) -> dict[str, float]:
 
 def _task(asked: Questions) -> dict[str, Any]:
     metric = asked.task.metric
-    examples = {"diagonal": len(asked.examples), "other": min(asked.others, len(asked.examples))}
+    few = min(asked.others, len(asked.examples))
+    examples = {"each": len(asked.examples), "for a LoRA of another task": few}
     return {"metric": metric, "headline": metrics.headline(metric), "examples": examples}
 
 

@@ -5,7 +5,7 @@ The results are one dictionary, the content of results.json:
     {"created": ISO time, "seed": int, "versions": {package: version}, "machine": str,
      "base_model": str, "source": str,
      "tasks": {task: {"metric": "accuracy", "headline": "accuracy", "settings": how it is computed (optional),
-                      "examples": {"diagonal": 60, "other": 24}}},
+                      "examples": {"each": 60, "for a LoRA of another task": 24}}},
      "systems": [{"name": "merge:ties", "kind": base | lora | oracle | moa | merge, "note": str}],
      "cells": [{"system": str, "task": str, "n": int, "scores": {"accuracy": 81.7, ...},   # 0 to 100
                 "nll": nats | null, "generated": {"accuracy": 80.0, "unparsable": 1.7} | null,

@@ -51,7 +51,7 @@ def make_results(cells, tasks, systems):
                 "metric": metric,
                 "headline": headline,
                 "settings": f"{metric} as made up",
-                "examples": {"diagonal": 60, "other": 24},
+                "examples": {"each": 60, "for a LoRA of another task": 24},
             }
             for task, (metric, headline) in tasks.items()
         },
@@ -349,7 +349,7 @@ def test_the_page_holds_plots_tables_and_all_that_a_reader_must_know(page, seven
         "peft 0.21.2",
         "made-up rows",
         "a made-up machine",
-        "60 diagonal, 24 other",
+        "60 each, 24 for a LoRA of another task",
         "rouge as made up",
         "scale 0.43 chosen on validation",
         "99.3 % of 423 held-out prompts",
