@@ -25,6 +25,11 @@ def check_launch(num_processes: int | None = None) -> None:
     """
     state = PartialState()
     running = state.num_processes
+    wanted = int(os.environ.get("WORLD_SIZE", running))
+    if wanted != running:
+        raise ValueError(
+            f"the launcher started {wanted} processes, each of which runs alone: without an accelerator pass --use_cpu"
+        )
     if num_processes is not None and running != num_processes:
         raise ValueError(
             f"--num_processes {num_processes} was asked, {running} run: start them with "

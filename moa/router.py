@@ -41,6 +41,11 @@ class SequenceRouter(nn.Module):
         return self.head(standardised) / self.temperature
 
     @torch.no_grad()
+    def accuracy(self, features: Float[Tensor, "prompts hidden"], labels: Int[Tensor, " prompts"]) -> float:
+        """Share of the prompts whose best expert is their own."""
+        return float((self(features).argmax(dim=-1) == labels).float().mean())
+
+    @torch.no_grad()
     def calibrate(self, features: Float[Tensor, "prompts hidden"], labels: Int[Tensor, " prompts"]) -> float:
         """Fit the temperature on held-out prompts by their likelihood (Guo et al. 2017, arXiv:1706.04599).
 

@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moa.base_model import cache_dir
+from moa.fingerprint import fingerprint
 from moa.prefix import prompt_features
 
 if TYPE_CHECKING:
@@ -91,10 +92,6 @@ def _write(file: Path, features: Tensor) -> None:
 
 
 def _key(base_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, layer: int, prompts: Sequence[str]) -> str:
-    """Of what the features depend on: a sample of the weights stands for all of them."""
-    digest = hashlib.sha256()
-    for name, parameter in base_model.state_dict().items():
-        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-        digest.update(parameter.flatten()[:64].float().cpu().numpy().tobytes())
-    digest.update(json.dumps([layer, len(tokenizer), tokenizer(list(prompts))["input_ids"]]).encode())
-    return digest.hexdigest()[:32]
+    """Of what the features depend on."""
+    asked = [fingerprint(base_model), layer, len(tokenizer), tokenizer(list(prompts))["input_ids"]]
+    return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:32]

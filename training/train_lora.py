@@ -70,7 +70,11 @@ class LoraTrainingConfig(SFTConfig):
     save_steps: float = field(default=200, metadata={"help": "checkpoint every so many steps"})
     save_total_limit: int | None = field(default=1, metadata={"help": "checkpoints kept"})
     dataloader_pin_memory: bool = field(
-        default_factory=torch.cuda.is_available, metadata={"help": "pin memory; default where there is a GPU"}
+        default=torch.cuda.is_available(), metadata={"help": "pin memory; default where there is a GPU"}
+    )
+    use_cpu: bool = field(
+        default=not torch.accelerator.is_available(),
+        metadata={"help": "train on the CPU; default where there is nothing else"},
     )
     bf16: bool | None = field(default=None, metadata={"help": "mixed precision; default where there is a GPU"})
     activation_checkpointing: bool | None = field(

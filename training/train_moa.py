@@ -65,7 +65,11 @@ class RouterTrainingArguments(TrainingArguments):
     weight_decay: float = field(default=0.01, metadata={"help": "weight decay"})
     logging_steps: float = field(default=100, metadata={"help": "log every so many steps"})
     dataloader_pin_memory: bool = field(
-        default_factory=torch.cuda.is_available, metadata={"help": "pin memory; default where there is a GPU"}
+        default=torch.cuda.is_available(), metadata={"help": "pin memory; default where there is a GPU"}
+    )
+    use_cpu: bool = field(
+        default=not torch.accelerator.is_available(),
+        metadata={"help": "train on the CPU; default where there is nothing else"},
     )
     save_strategy: str = field(default="epoch", metadata={"help": "when to save a checkpoint: no, steps, epoch"})
     remove_unused_columns: bool = field(default=False, metadata={"help": "leave as it is: features have no columns"})

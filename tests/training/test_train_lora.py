@@ -22,7 +22,7 @@ def command(base_folder, tmp_path):
     def make(*more, output="lora"):
         return [
             *("--tasks", "sst2", "--model", str(base_folder), "--source", "pocket"),
-            *("--max_steps", "6", "--train_rows", "48", "--save_steps", "2", "--use_cpu", "--disable_tqdm", "true"),
+            *("--max_steps", "6", "--train_rows", "48", "--save_steps", "2", "--disable_tqdm", "true"),
             *("--output_dir", str(tmp_path / output), *more),
         ]
 
@@ -80,9 +80,25 @@ def test_a_finished_adapter_is_kept_and_one_trained_otherwise_is_not_overwritten
     before = weights(tmp_path / "lora" / "sst2")
     main(command())
     assert "it was trained with these settings" in capsys.readouterr().out
-    assert "trained otherwise (its training differ)" in refusal(main, command("--learning_rate", "1e-4"))
+    assert "made otherwise (its training differ)" in refusal(main, command("--learning_rate", "1e-4"))
     after = weights(tmp_path / "lora" / "sst2")
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("words", [("--learning_rate", "1e-5"), ("--lora_alpha", "64"), ("--lora_r", "4")])
+def test_a_killed_run_does_not_go_on_with_other_settings(command, monkeypatch, refusal, words):
+    with monkeypatch.context() as patch:
+        interrupted_at(5, patch)
+        with pytest.raises(SystemExit):
+            main(command())
+    assert "was made otherwise" in refusal(main, command("--resume_from_checkpoint", *words))
+
+
+def test_an_adapter_that_somebody_else_put_there_is_not_overwritten(command, make_adapter, tmp_path, refusal):
+    path = make_adapter(tmp_path / "lora" / "sst2")
+    before = (path / "adapter_model.safetensors").read_bytes()
+    assert "what this run did not make" in refusal(main, command())
+    assert (path / "adapter_model.safetensors").read_bytes() == before
 
 
 def test_the_same_command_twice_gives_the_same_bytes_and_goes_to_the_tracker(command, tmp_path):

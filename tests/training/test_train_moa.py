@@ -21,7 +21,7 @@ def command(base_folder, adapters, tmp_path):
         return [
             *("--tasks", "sst2", "squad", "piqa", "--adapters", *pairs, "--model", str(base_folder)),
             *("--source", "pocket", "--train_rows", "40", "--validation_rows", "16", "--num_train_epochs", "4"),
-            *("--use_cpu", "--disable_tqdm", "true", "--output_dir", str(tmp_path / output), *more),
+            *("--disable_tqdm", "true", "--output_dir", str(tmp_path / output), *more),
         ]
 
     return make
@@ -68,6 +68,16 @@ def test_a_killed_fit_resumes_to_the_same_router(command, tmp_path, monkeypatch)
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
+def test_a_finished_mixture_is_kept_and_another_one_is_not_put_over_it(command, tmp_path, capsys, refusal):
+    main(command())
+    before = (tmp_path / "moa" / "moa_router.safetensors").read_bytes()
+    main(command())
+    assert "kept" in capsys.readouterr().out
+    said = refusal(main, command("--resume_from_checkpoint", "--tasks", "squad", "sst2", "piqa"))
+    assert "made otherwise (its experts, rows_sha256 differ)" in said or "its rows_sha256 differ" in said
+    assert (tmp_path / "moa" / "moa_router.safetensors").read_bytes() == before
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -98,6 +108,11 @@ def test_two_processes_train_data_parallel_and_say_so(command, tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     assert "world size 2, strategy DDP (gloo), device cpu" in done.stdout
     assert MoaModel.from_pretrained(None, tmp_path / "moa").moa_config.scores
+
+
+def test_processes_that_do_not_know_each_other_are_refused(command, refusal, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "each of which runs alone" in refusal(main, command("--use_cpu", "false"))
 
 
 def test_a_launcher_that_started_one_process_instead_of_two_is_refused(command, capsys, monkeypatch):

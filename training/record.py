@@ -1,0 +1,108 @@
+"""What a run was made with: written before it starts, compared before it goes on, kept with its result."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+RECORD_NAME = "moa_training.json"
+PACKAGES = ("torch", "transformers", "peft", "trl", "moa-peft")
+SETTINGS = (
+    "learning_rate",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "max_steps",
+    "num_train_epochs",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "weight_decay",
+    "label_smoothing_factor",
+    "seed",
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training run and its folder.
+
+    Attributes:
+        directory: where result and checkpoints go.
+        record: what decides the result, as JSON.
+        finished: whether the result is there already.
+        checkpoint: where an interrupted run left off; None starts from the beginning.
+    """
+
+    directory: Path
+    record: dict[str, Any]
+    finished: bool
+    checkpoint: str | None
+
+    @classmethod
+    def open(cls, directory: Path, record: dict[str, Any], *, result: str, resume: bool) -> Run:
+        """Find out what the folder holds of this run, and write its record if it is new.
+
+        Args:
+            result: the file that only a finished run leaves.
+            resume: whether an interrupted run may go on.
+
+        Raises:
+            ValueError: the folder holds a result of something else, a run with other settings, or an interrupted one
+                that is not to be resumed.
+        """
+        file = directory / RECORD_NAME
+        record = json.loads(json.dumps({**record, "versions": {package: version(package) for package in PACKAGES}}))
+        if not file.is_file():
+            if (directory / result).exists() or _checkpoint(directory):
+                raise ValueError(f"{directory} holds what this run did not make: choose another --output_dir")
+            _write(file, record)
+            return cls(directory, record, finished=False, checkpoint=None)
+        earlier = json.loads(file.read_text())
+        changed = [name for name in record if name != "versions" and earlier.get(name) != record[name]]
+        if changed:
+            raise ValueError(
+                f"{directory} holds a run that was made otherwise (its {', '.join(changed)} differ): "
+                "choose another --output_dir, or remove that folder"
+            )
+        if "result" in earlier and (directory / result).is_file():
+            return cls(directory, record, finished=True, checkpoint=None)
+        checkpoint = _checkpoint(directory)
+        if checkpoint and not resume:
+            raise ValueError(
+                f"{directory} holds an unfinished run ({Path(checkpoint).name}): pass --resume_from_checkpoint to go "
+                "on, or choose another --output_dir"
+            )
+        return cls(directory, record, finished=False, checkpoint=checkpoint)
+
+    def finish(self, **result: float) -> None:
+        """Add what came out; from now on the run counts as finished."""
+        _write(self.directory / RECORD_NAME, {**self.record, "result": result})
+
+
+def settings_of(training: TrainingArguments) -> dict[str, Any]:
+    """The training arguments that decide the result."""
+    return {name: getattr(training, name) for name in SETTINGS}
+
+
+def text_sha256(texts: Iterable[str]) -> str:
+    """One checksum of many texts, in their order."""
+    return hashlib.sha256("\0".join(texts).encode()).hexdigest()
+
+
+def _checkpoint(directory: Path) -> str | None:
+    return get_last_checkpoint(directory) if directory.is_dir() else None
+
+
+def _write(file: Path, record: dict[str, Any]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    scratch = file.with_suffix(f".{os.getpid()}")
+    scratch.write_text(json.dumps(record, indent=2) + "\n")
+    scratch.replace(file)
