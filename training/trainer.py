@@ -39,6 +39,9 @@ class LoraTrainer(SFTTrainer):
             loss = loss * self.accelerator.num_processes  # it counts every process's tokens, and DDP averages
         return (loss, outputs) if return_outputs else loss
 
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """PEFT has written one; TRL's would replace it by one that links to a model called None."""
+
     def _send_telemetry(self) -> None:
         return
 
