@@ -5,19 +5,22 @@ from __future__ import annotations
 import datetime
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
 from sklearn.metrics import confusion_matrix
 
+from moa.base_model import portable_name
 from moa.evaluation import metrics
 from moa.evaluation.runner import Questions
 from moa.evaluation.summary import normalised
 from moa.evaluation.systems import System
+from moa.fingerprint import fingerprint
 from moa.model import MoaModel
 
 PACKAGES = ("torch", "transformers", "peft", "sacrebleu", "rouge-score", "scikit-learn", "moa-peft")
+COMPARED = ("moa", "merge")  # the kinds of system that the card compares
 
 
 def results(
@@ -30,11 +33,14 @@ def results(
     source: str,
 ) -> dict[str, Any]:
     """The results of a comparison, as `write_json` stores them."""
+    base = model.get_base_model()
     return {
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "seed": seed,
         "source": source,
-        "base_model": model.moa_config.base_model,
+        "base_model": portable_name(base),
+        "base_weights": {"dtype": str(base.dtype).removeprefix("torch."), "fingerprint": fingerprint(base)},
+        "remarks": remarks(model),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {model.device.type}",
         "versions": {package: version(package) for package in PACKAGES},
         "sha256": model.moa_config.sha256,
@@ -52,10 +58,35 @@ def results(
     }
 
 
+def remarks(model: MoaModel) -> list[str]:
+    """What is not as one would expect of a mixture, each as one sentence."""
+    loaded, named = portable_name(model.get_base_model()), model.moa_config.base_model
+    found = []
+    if model.moa_router is None:
+        found.append("The mixture has no router, so there is no row moa: fit one with training/train_moa.py.")
+    if named and loaded != named:
+        found.append(f"The mixture names {named} as its base model, the answers are those of {loaded}.")
+    return found
+
+
 def card_scores(found: dict[str, Any]) -> dict[str, float]:
-    """What the model card shows: how much of each task's own LoRA the mixture and the merges keep, 1 is all of it."""
-    kept = {name: score["score"] for name, score in normalised(found).items() if name.startswith(("moa", "merge:"))}
-    return {f"{name}: share of the own LoRA's score": score / 100 for name, score in kept.items() if score is not None}
+    """What the model card shows: how much of each task's own LoRA the mixture and the merges keep, 1 is all of it.
+
+    A score's name tells what was measured, such as the scale of a merge, and on how many rows a task.
+    """
+    counts = sorted({task["examples"]["each"] for task in found["tasks"].values()})
+    rows = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else f"{counts[0]}"
+    kept = normalised(found)
+    return {
+        f"{system['name']} ({system['note']}), share of the own LoRA's score, {rows} rows a task": score / 100
+        for system in found["systems"]
+        if system["kind"] in COMPARED and (score := kept[system["name"]]["score"]) is not None
+    }
+
+
+def other_scores(scores: Mapping[str, float]) -> dict[str, float]:
+    """The scores of a card less those of an earlier comparison, whose rows and scales were others."""
+    return {name: score for name, score in scores.items() if not name.startswith(COMPARED)}
 
 
 def _task(asked: Questions) -> dict[str, Any]:

@@ -7,17 +7,22 @@
     python evaluation/full_evaluation.py --mixture outputs/moa --data_dir my_data --rows 500 --methods svd ties
     python evaluation/full_evaluation.py --config evaluation.yaml --scales 1
 
-Prints the table, and writes results.json and report.html to OUTPUT_DIR. Ctrl-C loses nothing: the same command goes
-on with the first cell that is missing.
+Prints the table, writes results.json and report.html to OUTPUT_DIR, and puts the scores into the model card of a
+mixture that is a folder. Ctrl-C loses nothing: the same command goes on with the first cell that is missing.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from moa.arguments import parse, run
-from moa.tasks import Task, load_tasks
+from moa.tasks import Task, load_tasks, task_names
+
+if TYPE_CHECKING:
+    from moa.model import MoaModel
 
 EXAMPLES = "\n".join(line.strip() for line in (__doc__ or "").splitlines() if line.startswith("    "))
 
@@ -26,11 +31,17 @@ EXAMPLES = "\n".join(line.strip() for line in (__doc__ or "").splitlines() if li
 class EvaluationArguments:
     """What to compare, and on how many examples."""
 
-    mixture: str = field(default="outputs/moa", metadata={"help": "saved mixture: a folder, or a Hub repository"})
+    mixture: str = field(
+        default="outputs/moa",
+        metadata={
+            "help": "saved mixture: a folder, whose README.md and moa_config.json get the scores, or a Hub repository"
+        },
+    )
     model: str | None = field(default=None, metadata={"help": "base model, if not the one that the mixture names"})
+    check_base: bool = field(default=True, metadata={"help": "refuse a base model that the mixture does not name"})
     tasks: list[str] | None = field(
         default=None,
-        metadata={"help": "tasks, suites, or your YAML files; default the experts' own"},
+        metadata={"help": "tasks, suites, or your YAML files; default the catalog's tasks called like the experts"},
     )
     source: str = field(
         default="hub", metadata={"help": "where rows come from: hub, pocket, or local with --data_dir"}
@@ -58,49 +69,77 @@ class EvaluationArguments:
 @run
 def main(argv: list[str] | None = None) -> None:
     (asked,) = parse(EvaluationArguments, argv, prog="full_evaluation.py", examples=EXAMPLES)
-    from itertools import chain
-
     from rich.console import Console
 
-    from moa.base_model import load_tokenizer
-    from moa.evaluation.comparison import card_scores, results
-    from moa.evaluation.merges import check_methods, merge_systems
+    from moa.evaluation.comparison import card_scores, other_scores
+    from moa.evaluation.merges import check_methods
     from moa.evaluation.report import print_table, write_html, write_json
-    from moa.evaluation.runner import Questions, fill_table
-    from moa.evaluation.systems import base_system, expert_system, mixture_system
     from moa.model import MoaModel
     from moa.saving import describe_mixture
 
+    check_counts(asked)
+    methods = [] if asked.methods == ["none"] else asked.methods
+    check_methods(methods)
+    model = MoaModel.from_pretrained(asked.model, asked.mixture, check_base=asked.check_base)
+    found = compare(model, methods, asked)
+    output = Path(asked.output_dir)
+    write_json(found, output / "results.json")
+    write_html(found, output / "report.html")
+    if Path(asked.mixture).is_dir():
+        model.moa_config.scores = other_scores(model.moa_config.scores) | card_scores(found)
+        describe_mixture(model, Path(asked.mixture))
+    print_table(found, Console())
+    print(f"\nresults: {output / 'results.json'}\nreport:  {output / 'report.html'}")
+
+
+def check_counts(asked: EvaluationArguments) -> None:
+    """Refuse a number below 1."""
     for option in ("rows", "other_rows", "validation_rows", "batch_size", "max_new_tokens"):
         value = getattr(asked, option)
         if value is not None and value < 1:
             raise ValueError(f"--{option} must be at least 1, got {value}")
-    methods = [] if asked.methods == ["none"] else asked.methods
-    check_methods(methods)
-    model = MoaModel.from_pretrained(asked.model, asked.mixture)
+
+
+def compare(model: MoaModel, methods: Sequence[str], asked: EvaluationArguments) -> dict[str, Any]:
+    """Score every system on every task, and gather the results."""
+    from itertools import chain
+
+    from moa.base_model import load_tokenizer
+    from moa.evaluation.comparison import remarks, results
+    from moa.evaluation.kept import Kept
+    from moa.evaluation.merges import merge_systems
+    from moa.evaluation.runner import Questions, fill_table
+    from moa.evaluation.systems import unmerged_systems
+
+    for remark in remarks(model):
+        print(remark, flush=True)
     tokenizer = load_tokenizer(asked.model or model.moa_config.base_model)
-    tasks = [capped(task, asked.max_new_tokens) for task in load_tasks(asked.tasks or model.experts)]
+    tasks = [capped(task, asked.max_new_tokens) for task in tasks_of(asked.tasks, model.experts)]
     rows = {"source": asked.source, "data_dir": asked.data_dir, "seed": asked.seed}
     questions = [Questions(task, task.examples("test", limit=asked.rows, **rows), asked.other_rows) for task in tasks]
-    validation = [task.examples("validation", limit=asked.validation_rows, **rows) for task in tasks]
+    validation = [task.examples("validation", limit=asked.validation_rows, **rows) for task in tasks if methods]
+    kept = Kept(Path(asked.output_dir) / "cells", model)
+    unmerged = unmerged_systems(model)
+    systems = chain(unmerged, merge_systems(model, tokenizer, methods, asked.scales, validation, kept))
+    count = len(unmerged) + len(methods)
+    done, cells = fill_table(model, tokenizer, systems, count, questions, kept, batch_size=asked.batch_size)
+    source = "local" if asked.data_dir else asked.source
+    return results(model, questions, done, cells, seed=asked.seed, source=source)
 
-    output = Path(asked.output_dir)
-    systems = chain(
-        [base_system(model), *(expert_system(model, name) for name in model.experts), mixture_system(model)],
-        merge_systems(model, tokenizer, methods, asked.scales, validation, output / "cells"),
-    )
-    count = 2 + len(model.experts) + len(methods)
-    done, cells = fill_table(
-        model, tokenizer, systems, count, questions, output / "cells", batch_size=asked.batch_size
-    )
-    found = results(model, questions, done, cells, seed=asked.seed, source="local" if asked.data_dir else asked.source)
-    write_json(found, output / "results.json")
-    write_html(found, output / "report.html")
-    if Path(asked.mixture).is_dir():
-        model.moa_config.scores |= card_scores(found)
-        describe_mixture(model, Path(asked.mixture))
-    print_table(found, Console())
-    print(f"\nresults: {output / 'results.json'}\nreport:  {output / 'report.html'}")
+
+def tasks_of(names: Sequence[str] | None, experts: Sequence[str]) -> list[Task]:
+    """The tasks that were asked for, else those of the catalog that are called like the experts.
+
+    Raises:
+        ValueError: no tasks were asked for, and an expert's is not in the catalog.
+    """
+    own = sorted(set(experts) - set(task_names()))
+    if names is None and own:
+        raise ValueError(
+            f"the catalog has no task called like the mixture's expert{'s' * (len(own) > 1)} {', '.join(own)}: "
+            "pass --tasks with their YAML files"
+        )
+    return load_tasks(experts if names is None else names)
 
 
 def capped(task: Task, max_new_tokens: int | None) -> Task:

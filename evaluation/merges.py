@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterator, Sequence
-from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from moa.evaluation.kept import Kept
 from moa.evaluation.scale import choose_scale
-from moa.evaluation.systems import System, merge_system
+from moa.evaluation.systems import System, experts_fingerprint, merge_system
 from moa.merging import find_method
 from moa.model import MoaModel
 from moa.tasks import Example
@@ -30,21 +29,20 @@ def merge_systems(
     methods: Sequence[str],
     scales: Sequence[float],
     validation: Sequence[Sequence[Example]],
-    directory: Path,
+    kept: Kept,
 ) -> Iterator[System]:
     """Merge the experts by each method, and drop the merge again when the next one is asked for.
 
     Args:
         scales: candidates for the strength; 1 is the mean of the experts.
-        directory: keeps what the choice of a scale found, so that a resumed run need not look again.
+        kept: holds what the choice of a scale found, so that a resumed run need not look again.
     """
     for method in methods:
         adapter = f"merge_{method}"
         model.merge_adapters(method, into=adapter)
         scale, tried = 1.0, {}
         if method not in UNSCALED:
-            file = directory / f"scale-{method}.json"
-            scale, tried = _kept_choice(model, tokenizer, adapter, validation, scales, file)
+            scale, tried = _kept_choice(model, tokenizer, method, adapter, validation, scales, kept)
         if scale != 1.0:
             model.delete_adapter(adapter)
             model.merge_adapters(method, scale=scale, into=adapter)
@@ -55,16 +53,16 @@ def merge_systems(
 def _kept_choice(
     model: MoaModel,
     tokenizer: PreTrainedTokenizerBase,
+    method: str,
     adapter: str,
     validation: Sequence[Sequence[Example]],
     scales: Sequence[float],
-    file: Path,
+    kept: Kept,
 ) -> tuple[float, dict[float, float]]:
-    asked = [[example.prompt + example.answer for example in examples] for examples in validation]
-    key = hashlib.sha256(json.dumps([model.moa_config.sha256, sorted(scales), asked]).encode()).hexdigest()
-    if file.is_file() and (kept := json.loads(file.read_text()))["key"] == key:
-        return kept["scale"], {float(scale): nll for scale, nll in kept["nll"].items()}
-    scale, tried = choose_scale(model, tokenizer, adapter, validation, scales)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps({"key": key, "scale": scale, "nll": tried}))
-    return scale, tried
+    def choose() -> dict[str, Any]:
+        scale, tried = choose_scale(model, tokenizer, adapter, validation, scales)
+        return {"scale": scale, "nll": tried}
+
+    texts = [[example.prompt + example.answer for example in examples] for examples in validation]
+    choice = kept.get(f"scale-{method}", [experts_fingerprint(model), method, sorted(scales), texts], choose)
+    return choice["scale"], {float(scale): nll for scale, nll in choice["nll"].items()}

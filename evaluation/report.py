@@ -3,7 +3,9 @@
 The results are one dictionary, the content of results.json:
 
     {"created": ISO time, "seed": int, "versions": {package: version}, "machine": str,
-     "base_model": str, "source": str,
+     "base_model": name of the one that was loaded,
+     "base_weights": {"dtype": "bfloat16", "fingerprint": sha256 of `moa.fingerprint`}, "source": str,
+     "remarks": [sentence that a reader must know],
      "tasks": {task: {"metric": "accuracy", "headline": "accuracy", "settings": how it is computed (optional),
                       "examples": {"each": 60, "for a LoRA of another task": 24}}},
      "systems": [{"name": "merge:ties", "kind": base | lora | oracle | moa | merge, "note": str}],
@@ -16,11 +18,10 @@ The results are one dictionary, the content of results.json:
 """
 
 import json
-import os
-import tempfile
 from importlib.resources import files
 from pathlib import Path
 
+from moa.evaluation.files import write_whole
 from moa.evaluation.summary import Results, normalised
 from moa.evaluation.table import print_table
 from moa.evaluation.verdict import verdict
@@ -38,7 +39,7 @@ def write_json(results: Results, path: str | Path) -> Path:
         text = json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False)
     except ValueError as error:
         raise ValueError(f"{path} was not written: a score is NaN or infinite ({error})") from None
-    return _write(text + "\n", Path(path))
+    return write_whole(text + "\n", Path(path))
 
 
 def write_html(results: Results, path: str | Path) -> Path:
@@ -69,14 +70,4 @@ def write_html(results: Results, path: str | Path) -> Path:
         short_name=short_name,
         cost_words=cost_words,
     )
-    return _write(page, Path(path))
-
-
-def _write(text: str, path: Path) -> Path:
-    """Through a temporary sibling, so that a reader never meets half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, delete=False) as file:
-        file.write(text)
-    os.chmod(file.name, 0o644)
-    os.replace(file.name, path)
-    return path
+    return write_whole(page, Path(path))

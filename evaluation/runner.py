@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from rich.progress import (
@@ -22,6 +18,7 @@ from rich.progress import (
 from transformers import PreTrainedTokenizerBase
 
 from moa.evaluation.cells import score_cell
+from moa.evaluation.kept import Kept
 from moa.evaluation.scoring import answer_examples
 from moa.evaluation.systems import System
 from moa.model import MoaModel
@@ -47,11 +44,11 @@ def fill_table(
     systems: Iterator[System],
     count: int,
     questions: Sequence[Questions],
-    directory: Path,
+    kept: Kept,
     *,
     batch_size: int = 32,
 ) -> tuple[list[System], list[dict[str, Any]]]:
-    """Evaluate each system on each task, and keep each cell in `directory` as soon as it is there.
+    """Evaluate each system on each task, and keep each cell as soon as it is there.
 
     Args:
         systems: made one after the other, so that a merge is loaded only when its row begins.
@@ -66,7 +63,7 @@ def fill_table(
             started = time.perf_counter()
             for asked in questions:
                 progress.update(bar, description=f"{system.name} on {asked.task.name}")
-                cells.append(_cell(model, tokenizer, system, asked, directory, batch_size))
+                cells.append(_cell(model, tokenizer, system, asked, kept, batch_size))
                 progress.advance(bar)
             progress.print(f"{system.name}: {len(questions)} tasks in {time.perf_counter() - started:.0f} s")
     return done, cells
@@ -77,48 +74,29 @@ def _cell(
     tokenizer: PreTrainedTokenizerBase,
     system: System,
     asked: Questions,
-    directory: Path,
+    kept: Kept,
     batch_size: int,
 ) -> dict[str, Any]:
-    examples = asked.for_system(system)
-    key = _key(system, asked.task, examples)
-    file = directory / f"{system.name.replace(':', '-')}--{asked.task.name}.json"
-    if file.is_file() and (kept := json.loads(file.read_text()))["key"] == key:
-        return kept
-    started = time.perf_counter()
-    system.routed.clear()
-    answered = answer_examples(
-        model,
-        tokenizer,
-        examples,
-        system.activate,
-        max_new_tokens=asked.task.max_new_tokens,
-        batch_size=batch_size,
-    )
-    cell = {
-        "key": key,
-        "system": system.name,
-        "task": asked.task.name,
-        **score_cell(asked.task, examples, answered),
-        "routed": list(system.routed),
-        "answers": [answer.generated for answer in answered],
-        "seconds": time.perf_counter() - started,
-    }
-    _write(file, cell)
-    return cell
+    examples, task = asked.for_system(system), asked.task
 
+    def answer() -> dict[str, Any]:
+        started = time.perf_counter()
+        system.routed.clear()
+        answered = answer_examples(
+            model, tokenizer, examples, system.activate, max_new_tokens=task.max_new_tokens, batch_size=batch_size
+        )
+        return {
+            "system": system.name,
+            "task": task.name,
+            **score_cell(task, examples, answered),
+            "routed": list(system.routed),
+            "answers": [answer.generated for answer in answered],
+            "seconds": time.perf_counter() - started,
+        }
 
-def _key(system: System, task: Task, examples: Sequence[Example]) -> str:
-    asked = [[example.prompt, example.answer, *example.choices] for example in examples]
-    text = json.dumps([system.name, system.fingerprint, task.name, task.metric, task.max_new_tokens, asked])
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _write(file: Path, cell: dict[str, Any]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    scratch = file.with_suffix(f".{os.getpid()}")
-    scratch.write_text(json.dumps(cell))
-    scratch.replace(file)
+    rows = [[example.prompt, example.answer, example.references, example.choices] for example in examples]
+    question = [system.name, system.fingerprint, task.name, task.metric, task.max_new_tokens, rows]
+    return kept.get(f"{system.name.replace(':', '-')}--{task.name}", question, answer)
 
 
 def _progress() -> Progress:

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from moa.config import ROUTER_NAME
 from moa.evaluation.scoring import Activate
 from moa.model import MoaModel
-from moa.saving import ROUTER_NAME
 
 
 @dataclass
@@ -44,7 +44,7 @@ def base_system(model: MoaModel) -> System:
 
 def expert_system(model: MoaModel, expert: str) -> System:
     """One expert for all prompts, whatever their task."""
-    fingerprint = model.moa_config.sha256[expert]
+    fingerprint = model.moa_config.expert_sha256(expert)
     activate = _ignoring_batch(lambda: model.using(expert))
     return System(f"lora:{expert}", "lora", fingerprint, activate, _cost(model, [expert]))
 
@@ -54,7 +54,7 @@ def merge_system(model: MoaModel, adapter: str, method: str, scale: float, tried
     return System(
         f"merge:{method}",
         "merge",
-        f"{_experts(model)} {method} {scale}",
+        f"{experts_fingerprint(model)} {method} {scale}",
         _ignoring_batch(lambda: model.using(adapter)),
         _cost(model, [adapter]),
         note=f"scale {scale:g}" + (" chosen on validation" if tried else ""),
@@ -63,7 +63,7 @@ def merge_system(model: MoaModel, adapter: str, method: str, scale: float, tried
 
 
 def mixture_system(model: MoaModel) -> System:
-    """Each prompt through the experts that the router chooses."""
+    """Each prompt through the experts that the router chooses; the model must have one."""
     routed: list[int] = []
 
     @contextmanager
@@ -77,12 +77,20 @@ def mixture_system(model: MoaModel) -> System:
     depth = model.config.get_text_config().num_hidden_layers
     cost = {**_cost(model, model.experts), "prefill_overhead": config.router_layer / depth}
     note = {"hard": "best expert", "top_k": f"best {config.top_k} mixed", "soft": "all mixed"}[config.routing]
-    fingerprint = f"{_experts(model)} {config.sha256[ROUTER_NAME]} {config.routing} {config.top_k}"
+    router = f"{config.sha256[ROUTER_NAME]} {config.router_layer} {config.routing} {config.top_k}"
+    fingerprint = f"{experts_fingerprint(model)} {router}"
     return System("moa", "moa", fingerprint, activate, cost, note, routed=routed)
 
 
-def _experts(model: MoaModel) -> str:
-    return " ".join(model.moa_config.sha256[name] for name in model.experts)
+def unmerged_systems(model: MoaModel) -> list[System]:
+    """All that is there without a merge; the mixture only if it has a router."""
+    mixture = [] if model.moa_router is None else [mixture_system(model)]
+    return [base_system(model), *(expert_system(model, name) for name in model.experts), *mixture]
+
+
+def experts_fingerprint(model: MoaModel) -> str:
+    """Changes whenever an expert does, or their order."""
+    return " ".join(model.moa_config.expert_sha256(name) for name in model.experts)
 
 
 def _cost(model: MoaModel, adapters: Sequence[str]) -> dict[str, float]:

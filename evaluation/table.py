@@ -36,7 +36,10 @@ def print_table(results: Results, console: Console | None = None) -> None:
 
 
 def notes(results: Results, summary: Mapping[str, Normalised]) -> Iterator[str]:
-    """What must be known beside the numbers: how many rows, and what is left out of the means."""
+    """What must be known beside the numbers: which base model, how many rows, what is left out of the means."""
+    weights = results["base_weights"]
+    yield f"Base model: {results['base_model']}, {weights['dtype']}, fingerprint {weights['fingerprint'][:12]}."
+    yield from results["remarks"]
     counts = [task["examples"] for task in results["tasks"].values()]
     if counts and all(count == counts[0] for count in counts):
         yield "Examples a task: " + ", ".join(f"{n} {kind}" for kind, n in counts[0].items()) + "."

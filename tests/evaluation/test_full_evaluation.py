@@ -1,9 +1,11 @@
 """The whole comparison on a tiny model: every cell there, none done twice, bad input refused."""
 
 import json
+import shutil
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from moa.evaluation.full_evaluation import main
 from moa.model import MoaModel
@@ -12,16 +14,32 @@ from moa.router import SequenceRouter
 TASKS = ("sst2", "squad", "wmt14")
 
 
+def save_mixture(base_folder, adapters, folder, *, names=TASKS, router=True):
+    model = MoaModel.from_adapters(str(base_folder), dict(zip(names, adapters.values(), strict=True)))
+    if router:
+        torch.manual_seed(0)
+        fitted = SequenceRouter(32, 3)
+        torch.nn.init.normal_(fitted.head.weight, std=3.0)
+        model.set_router(fitted)
+    model.save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture
 def mixture(base_folder, adapters, tmp_path):
-    named = dict(zip(TASKS, adapters.values(), strict=True))
-    model = MoaModel.from_adapters(str(base_folder), named)
-    torch.manual_seed(0)
-    router = SequenceRouter(32, 3)
-    torch.nn.init.normal_(router.head.weight, std=3.0)
-    model.set_router(router)
-    model.save_pretrained(tmp_path / "moa")
-    return tmp_path / "moa"
+    return save_mixture(base_folder, adapters, tmp_path / "moa")
+
+
+@pytest.fixture
+def other_base(base_folder, tmp_path):
+    """A base model of the same shapes and tokenizer, with other weights."""
+    folder = shutil.copytree(base_folder, tmp_path / "another")
+    torch.manual_seed(5)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    model.save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture
@@ -106,6 +124,107 @@ def test_the_scale_of_a_merge_is_that_of_the_lowest_validation_likelihood(comman
     assert ties["note"] == f"scale {float(best):g} chosen on validation"
     average = next(system for system in results(tmp_path)["systems"] if system["name"] == "merge:average")
     assert average["scales"] == {}
+
+
+def test_cells_and_scales_of_another_base_model_are_not_used_again(command, tmp_path, other_base):
+    few = ("--tasks", "sst2", "--methods", "ties")
+    main(command(*few))
+    first = results(tmp_path)
+    words = (*few, "--model", str(other_base), "--check_base", "False")
+    main(command(*words))
+    second = results(tmp_path)
+    main(command(*words, "--output_dir", str(tmp_path / "fresh")))
+    fresh = json.loads((tmp_path / "fresh" / "results.json").read_text())
+    for found in (second, fresh):
+        found.pop("created")
+        for cell in found["cells"]:
+            cell.pop("seconds")
+    assert second == fresh
+    assert all(one["nll"] != other["nll"] for one, other in zip(first["cells"], second["cells"], strict=True))
+    assert second["base_model"] == str(other_base) != first["base_model"]
+    assert second["base_weights"]["fingerprint"] != first["base_weights"]["fingerprint"]
+    assert str(other_base) in (tmp_path / "evaluation" / "report.html").read_text()
+
+
+def test_a_base_model_that_the_mixture_does_not_name_is_refused_unless_asked_for(command, refusal, other_base):
+    config = json.loads((other_base / "config.json").read_text())
+    (other_base / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 256}))
+    assert str(other_base) in refusal(main, command("--model", str(other_base)))
+
+
+def test_a_mixture_without_a_router_is_compared_without_the_row_moa(command, tmp_path, base_folder, adapters, capsys):
+    folder = save_mixture(base_folder, adapters, tmp_path / "routerless", router=False)
+    main(command("--mixture", str(folder)))
+    found = results(tmp_path)
+    assert [s["name"] for s in found["systems"] if s["kind"] != "lora"] == [
+        *("base", "merge:average", "merge:ties", "oracle")
+    ]
+    assert found["router"] is None
+    said = "The mixture has no router, so there is no row moa"
+    printed = " ".join(capsys.readouterr().out.split())
+    assert printed.startswith(said) and printed.count(said) == 2  # before the work, and among the notes
+    assert said in (tmp_path / "evaluation" / "report.html").read_text()
+
+
+def test_cells_and_scales_that_were_cut_short_are_computed_again(command, tmp_path):
+    few = ("--tasks", "squad", "--methods", "ties")
+    main(command(*few))
+    first = results(tmp_path)
+    for name in ("scale-ties", "moa--squad"):
+        file = tmp_path / "evaluation" / "cells" / f"{name}.json"
+        file.write_text(file.read_text()[:40])
+    main(command(*few))
+    second = results(tmp_path)
+    for one, other in zip(first["cells"], second["cells"], strict=True):
+        assert one["nll"] == other["nll"] and one["scores"] == other["scores"]
+    assert first["systems"] == second["systems"]
+
+
+def test_without_merges_the_table_is_printed_and_no_validation_row_is_read(command, tmp_path, capsys, monkeypatch):
+    from moa.tasks import Task
+
+    read, examples = [], Task.examples
+    monkeypatch.setattr(
+        Task, "examples", lambda self, split, **more: read.append(split) or examples(self, split, **more)
+    )
+    main([*command(), "--methods", "none"])
+    assert set(read) == {"test"}
+    assert not any(system["kind"] == "merge" for system in results(tmp_path)["systems"])
+    assert "No verdict: these results hold no merge to compare." in capsys.readouterr().out
+
+
+def test_tasks_that_are_no_experts_are_scored_without_a_share_of_an_own_lora(command, tmp_path, capsys):
+    main(command("--tasks", "mnli", "paws"))
+    found = results(tmp_path)
+    assert {cell["task"] for cell in found["cells"]} == {"mnli", "paws"} and found["router"] is None
+    assert not any(cell["system"] == "oracle" for cell in found["cells"])
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "mnli is left out: its own LoRA was not scored." in printed
+    assert "No verdict" in (tmp_path / "evaluation" / "report.html").read_text()
+
+
+def test_experts_of_own_tasks_ask_for_their_yaml_files(command, refusal, tmp_path, base_folder, adapters):
+    folder = save_mixture(base_folder, adapters, tmp_path / "own", names=("sst2", "tickets", "mails"))
+    said = refusal(main, command("--mixture", str(folder)))
+    assert "experts mails, tickets: pass --tasks with their YAML files" in said
+
+
+def test_the_scores_of_the_last_evaluation_are_on_the_mixtures_card(command, mixture, monkeypatch):
+    few = command("--tasks", "sst2", "--methods", "none")
+    for scale in (1, 2):  # random adapters have no share of anything
+        scores = {f"merge:svd (scale {scale}), share": 0.5}
+        monkeypatch.setattr("moa.evaluation.comparison.card_scores", lambda found, scores=scores: scores)
+        main(few)
+    assert json.loads((mixture / "moa_config.json").read_text())["scores"] == {"merge:svd (scale 2), share": 0.5}
+    assert "merge:svd (scale 2), share" in (mixture / "README.md").read_text()
+    MoaModel.from_pretrained(None, mixture)  # the card is no part of what the checksums protect
+
+
+def test_the_help_says_that_the_mixtures_card_gets_the_scores(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "README.md and moa_config.json get the scores" in printed and "--check_base" in printed
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from moa.evaluation.comparison import card_scores, other_scores
 from moa.evaluation.report import normalised, print_table, verdict, write_html, write_json
 from moa.evaluation.summary import difference
 
@@ -44,6 +45,8 @@ def make_results(cells, tasks, systems):
         "seed": 7,
         "versions": {"torch": "2.13.0", "peft": "0.21.2"},
         "base_model": "a made-up model <b>",
+        "base_weights": {"dtype": "bfloat16", "fingerprint": "0123456789abcdef"},
+        "remarks": [],
         "source": "made-up rows",
         "machine": "a made-up machine",
         "tasks": {
@@ -271,6 +274,31 @@ def test_a_wide_table_shows_likelihoods_a_narrow_one_scores_and_the_narrowest_th
     assert base in row[80] and f"{base} 1.3" not in row[80] and "±" in row[80]
     assert base not in row[50] and "±" in row[50]
     assert "A wider terminal" in printed(seven, 50) and "A wider terminal" not in printed(seven, 80)
+
+
+def test_the_notes_name_the_base_model_that_answered_and_what_is_unusual(two, tmp_path):
+    two["remarks"] = ["The mixture has no router."]
+    page = write_html(two, tmp_path / "report.html").read_text()
+    assert "Base model: a made-up model <b>, bfloat16, fingerprint 0123456789ab." in printed(two, 120)
+    assert "bfloat16, fingerprint 0123456789ab." in page
+    assert "The mixture has no router." in printed(two, 120) and "The mixture has no router." in page
+
+
+def test_the_cards_scores_tell_the_scale_and_the_rows_they_were_measured_on(two):
+    two["systems"][2]["note"], two["systems"][3]["note"] = "best expert", "scale 2 chosen on validation"
+    assert card_scores(two) == pytest.approx(
+        {
+            "moa (best expert), share of the own LoRA's score, 60 rows a task": 1.0,
+            "merge:svd (scale 2 chosen on validation), share of the own LoRA's score, 60 rows a task": 0.5,
+        }
+    )
+    two["tasks"]["a"]["examples"]["each"] = 12
+    assert all(name.endswith("12 to 60 rows a task") for name in card_scores(two))
+
+
+def test_a_card_keeps_its_other_scores_and_drops_those_of_an_earlier_comparison():
+    before = {"router accuracy on held-out prompts": 0.9, "merge:svd: share of the own LoRA's score": 0.6, "moa": 1.0}
+    assert other_scores(before) == {"router accuracy on held-out prompts": 0.9}
 
 
 def test_a_cell_that_is_missing_is_a_dash(two):
