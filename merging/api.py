@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import operator
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -13,10 +14,14 @@ from typing import Any
 import torch
 
 from moa.adapters import Adapter, AdapterError, check_name, read_adapter, write_adapter
+from moa.base_model import same_base
+from moa.errors import nearest
 from moa.low_rank import LowRank, stack
 from moa.merging.registry import Merged, MergeMethod, find_method
 from moa.merging.report import REPORT_FILE, Layer, MergeReport, Source
 from moa.peft_checks import widest
+
+DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 @dataclass(frozen=True)
@@ -44,7 +49,7 @@ def merge(
     name: str | None = None,
     scale: float = 1.0,
     seed: int = 0,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     check_base: bool = True,
     progress: Callable[[Sequence[str]], Iterable[str]] = iter,
     **options: Any,
@@ -64,13 +69,13 @@ def merge(
         name: what the report calls the result, by default the method's name.
         scale: factor on the result, lambda in the papers.
         seed: for methods that draw random numbers.
-        dtype: dtype to store; the widest of the inputs by default.
+        dtype: dtype to store, or its name: float32, bfloat16, float16, float64; the widest of the inputs by default.
         check_base: refuse adapters of different base models.
         progress: wraps the list of layer names, as `tqdm.tqdm` and `rich.progress.track` do.
         options: options of the method, see `moa methods`.
 
     Raises:
-        ValueError: an unknown method or option, weights, a rank or a scale that make no sense.
+        ValueError: an unknown method, option or dtype, weights, a rank or a scale that make no sense.
         AdapterError: an adapter that cannot be read, or adapters that do not belong together.
         FileNotFoundError: no such folder.
     """
@@ -82,6 +87,7 @@ def merge(
         raise AdapterError(f"{output} exists already: choose another output folder, or remove it first")
     if not math.isfinite(scale) or scale == 0:
         raise ValueError(f"scale must be a finite number other than 0, got {scale}")
+    wanted = None if dtype is None else _checked_dtype(dtype)
     sources = _read(adapters)
     weights = _checked_weights(weights, len(sources))
     if check_base:
@@ -89,7 +95,7 @@ def merge(
     merging = [a.to(torch.float64) for a, w in zip(sources, weights, strict=True) if w != 0]
     shapes = _common_shapes(merging)
     _check_rank(rank, chosen, merging, shapes)
-    dtype = dtype or widest(a.dtype for a in merging)
+    stored_dtype = wanted or widest(a.dtype for a in merging)
 
     w = torch.tensor([w for w in weights if w != 0], dtype=torch.float64)
     modules: dict[str, LowRank] = {}
@@ -98,22 +104,22 @@ def merge(
         updates = [a.modules.get(module, LowRank.zero(shapes[module], torch.float64)) for a in merging]
         given = chosen.given(rank=rank, seed=_seed_of(module, seed))
         merged = chosen.function(updates, w, **given, **options)
-        modules[module], layers[module] = _stored(merged, scale, dtype, sum(u.rank for u in updates))
+        modules[module], layers[module] = _stored(merged, scale, stored_dtype, sum(u.rank for u in updates))
     report = MergeReport(
         name=name or method,
         method=method,
         paper=chosen.paper,
-        base_model=_agreed(a.base_model for a in sources),
+        base_model=_common_base(sources),
         scale=scale,
         rank=rank,
         seed=seed,
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=str(stored_dtype).removeprefix("torch."),
         options=options,
         sources=_described(sources, weights, shapes),
         layers=layers,
         versions={"moa-peft": version("moa-peft"), "torch": torch.__version__},
     )
-    return MergeResult(modules, report, _write(output, modules, sources, dtype, report) if output else None)
+    return MergeResult(modules, report, _write(output, modules, sources, stored_dtype, report) if output else None)
 
 
 def _read(adapters: Sequence[str | Path | Adapter]) -> list[Adapter]:
@@ -127,6 +133,13 @@ def _read(adapters: Sequence[str | Path | Adapter]) -> list[Adapter]:
     if not sources:
         raise ValueError("merge needs at least one adapter, got none")
     return sources
+
+
+def _checked_dtype(dtype: torch.dtype | str) -> torch.dtype:
+    name = str(dtype).removeprefix("torch.")
+    if name not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {name}{nearest(name, DTYPES)}")
+    return getattr(torch, name)
 
 
 def _checked_weights(weights: Sequence[float] | None, count: int) -> list[float]:
@@ -143,10 +156,10 @@ def _checked_weights(weights: Sequence[float] | None, count: int) -> list[float]
 
 
 def _check_same_base(sources: Sequence[Adapter]) -> None:
-    for of in (lambda a: a.base_model, lambda a: a.config.get("revision")):
+    for of, same in ((lambda a: a.base_model, same_base), (lambda a: a.config.get("revision"), operator.eq)):
         known = [a for a in sources if of(a)]
         for other in known[1:]:
-            if of(other) != of(known[0]):
+            if not same(of(known[0]), of(other)):
                 raise AdapterError(
                     f"adapter {known[0].name!r} was trained on {of(known[0])!r} and {other.name!r} on "
                     f"{of(other)!r}: merge adapters of one base model, or pass check_base=False "
@@ -235,6 +248,12 @@ def _write(
         dtype=dtype,
         extra_files={REPORT_FILE: report.to_json()},
     )
+
+
+def _common_base(sources: Sequence[Adapter]) -> str | None:
+    """The name of the one base model, a Hub's before a folder's, which other machines do not have; or None."""
+    names = sorted((a.base_model for a in sources if a.base_model), key=lambda name: Path(name).is_dir())
+    return names[0] if names and all(same_base(names[0], name) for name in names) else None
 
 
 def _agreed(values: Iterable[str | None]) -> str | None:

@@ -6,12 +6,11 @@ Options of the methods become flags by themselves: a new method needs no line he
 import argparse
 from typing import Literal, get_args, get_origin
 
-import torch
 from rich.console import Console
 from rich.progress import track
 
-from moa.errors import OneLineParser, nearest, run
-from moa.merging.api import merge
+from moa.errors import OneLineParser, run
+from moa.merging.api import DTYPES, merge
 from moa.merging.registry import MergeMethod, methods
 
 EXAMPLES = """\
@@ -23,7 +22,6 @@ examples:
 
 `moa methods` explains the methods. Weights are used as given, 1/N each by default.
 """
-DTYPES = ("float32", "bfloat16", "float16")
 
 
 @run
@@ -31,11 +29,9 @@ def main(argv: list[str] | None = None) -> None:
     """Parse, merge, print the report."""
     asked = vars(_parse(argv))
     errors = Console(stderr=True)
-    dtype = asked.pop("dtype")
     result = merge(
         asked.pop("adapters"),
         **asked,
-        dtype=getattr(torch, dtype) if dtype else None,
         progress=lambda layers: track(layers, "merging layers", console=errors, transient=True),
     )
     console = Console()
@@ -49,7 +45,6 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         description="Merge LoRA adapters of one base model into one vanilla LoRA adapter; loads no model.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     add = parser.add_argument
     add("adapters", nargs="+", metavar="ADAPTER", help="folder of an adapter, or its repository on the Hub")
@@ -63,10 +58,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     add("--dtype", choices=DTYPES, help="dtype to store (default: the widest of the inputs)")
     add("--no-check-base", dest="check_base", action="store_false", help="merge across base models")
     _add_method_options(parser.add_argument_group("options of the methods"))
-    found, unknown = parser.parse_known_args(argv)
-    if unknown:
-        parser.error(f"there is no option {unknown[0]}{nearest(unknown[0], parser._option_string_actions)}")
-    return found
+    return parser.parse_args(argv)
 
 
 def _add_method_options(group: argparse._ArgumentGroup) -> None:

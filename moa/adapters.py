@@ -29,6 +29,7 @@ from moa.peft_checks import (
     refuse_unsupported,
     scalings,
     widest,
+    without_base_copies,
 )
 from moa.peft_export import add_to_model, check_name, write_adapter
 
@@ -140,7 +141,7 @@ def read_adapter(path: str | Path, name: str | None = None, *, dtype: torch.dtyp
         tensors = safe_open(file, framework="pt")
     except SafetensorError as error:
         raise AdapterError(f"{file} is damaged or incomplete ({error}): copy or download it again") from error
-    views = {key: tensors.get_slice(key) for key in tensors.keys()}  # noqa: SIM118 (not a mapping)
+    views = {key: tensors.get_slice(key) for key in without_base_copies(tensors.keys(), str(file))}
     shapes = factor_shapes({key: view.get_shape() for key, view in views.items()}, str(file))
     scaling = scalings(config, shapes, str(directory))
     check_targets(config, shapes, str(directory))

@@ -11,7 +11,6 @@ on defaults. Here each is one sentence on stderr and exit status 2, before anyth
 
 import argparse
 import os
-import re
 import sys
 from collections.abc import Iterable, Sequence
 from textwrap import dedent, indent
@@ -49,7 +48,7 @@ def parse(
     argv = list(sys.argv[1:] if argv is None else argv)
     parser, files = _parsers(wanted, prog=prog, description=description, epilog=_epilog(examples))
     try:
-        _refuse_unknown_options(parser, argv)
+        parser.refuse_unknown_options(argv)
         environment = _apply_config(parser, wanted, files.parse_known_args(argv)[0].config or [])
         _refuse_leftovers(parser.parse_known_args(argv)[1])
         os.environ.update(environment)
@@ -70,7 +69,7 @@ def _parsers(wanted: tuple[Any, ...], **texts: str | None) -> tuple[Any, argpars
     class Parser(OneLineParser, TrlParser):
         pass
 
-    files = OneLineParser(add_help=False, allow_abbrev=False)
+    files = OneLineParser(add_help=False)
     files.add_argument(
         "--config",
         action="append",
@@ -81,7 +80,6 @@ def _parsers(wanted: tuple[Any, ...], **texts: str | None) -> tuple[Any, argpars
     shared: dict[str, Any] = {
         "parents": [files],
         "usage": usage,
-        "allow_abbrev": False,
         "formatter_class": _Help,
     }
     return Parser(wanted, **shared, **texts), files
@@ -89,15 +87,6 @@ def _parsers(wanted: tuple[Any, ...], **texts: str | None) -> tuple[Any, argpars
 
 def _epilog(examples: str | None) -> str | None:
     return "examples:\n" + indent(dedent(examples).strip(), "  ") if examples else None
-
-
-def _refuse_unknown_options(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
-    """Before argparse, which would miss the required option that was misspelt, not the misspelling."""
-    options = parser._option_string_actions
-    for word in argv:
-        name = word.split("=", 1)[0]
-        if re.match(r"--?[A-Za-z]", name) and " " not in name and name not in options:
-            raise ValueError(f"unknown option {name}{nearest(name, options)} (--help lists all)")
 
 
 def _refuse_leftovers(words: Sequence[str]) -> None:

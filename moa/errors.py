@@ -3,11 +3,14 @@
 import argparse
 import difflib
 import functools
+import itertools
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable
-from typing import NoReturn, ParamSpec, TypeVar
+from typing import Any, NoReturn, ParamSpec, TypeVar
 
+NEGATIVE_NUMBER = re.compile(r"-(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$")
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -33,7 +36,24 @@ def run(main: Callable[P, T]) -> Callable[P, T]:
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """An argument parser whose usage does not bury the one sentence that matters."""
+    """An argument parser whose usage does not bury the one sentence that matters; options are spelt in full."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
+        self._negative_number_matcher = NEGATIVE_NUMBER  # argparse's own takes -1e-3 for an option
+
+    def parse_args(self, args=None, namespace=None):  # the signature of argparse, which has overloads
+        """As argparse, but a misspelt option is named with the nearest one there is."""
+        self.refuse_unknown_options(sys.argv[1:] if args is None else args)
+        return super().parse_args(args, namespace)
+
+    def refuse_unknown_options(self, argv: Iterable[str]) -> None:
+        """Before argparse, which would miss the required option that was misspelt, not the misspelling."""
+        options = self._option_string_actions
+        for word in itertools.takewhile(lambda word: word != "--", argv):
+            name = word.split("=", 1)[0]
+            if re.match(r"--?[A-Za-z]", name) and " " not in name and name not in options:
+                self.error(f"unknown option {name}{nearest(name, options)} (--help lists all)")
 
     def error(self, message: str) -> NoReturn:
         refuse(ValueError(message))

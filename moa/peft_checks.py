@@ -67,10 +67,12 @@ HARMLESS = {
     "ensure_weight_tying",
     "runtime_config",
 }
+BASE_COPY = re.compile(re.escape(KEY_PREFIX) + r"(?P<module>(.+\.)?lm_head)\.base_layer\.weight")
 UNSUPPORTED_TENSORS = {
     "lora_embedding_": "LoRA on an embedding, and only linear layers are supported",
     "lora_magnitude_vector": "a DoRA magnitude, whose update is not B @ A alone",
     ".lora_B.bias": "a bias on lora_B, which B @ A does not hold",
+    ".base_layer.": "a weight of the base model itself, which B @ A does not hold",
 }
 
 
@@ -107,6 +109,23 @@ def refuse_unsupported(config: Mapping[str, Any], where: str) -> None:
     unknown = sorted(k for k, v in config.items() if v and k not in HARMLESS and k not in UNSUPPORTED)
     if unknown:
         warnings.warn(f"{where}: ignoring config entries that are not known here: {', '.join(unknown)}", stacklevel=3)
+
+
+def without_base_copies(keys: Iterable[str], where: str) -> list[str]:
+    """Names of the stored tensors, without the base model's head that PEFT stores beside a LoRA on it.
+
+    PEFT freezes that head, so its copy says nothing new. Whether somebody trained it all the same cannot be seen
+    without the base model, which is why the copy is not dropped in silence.
+    """
+    keys = list(keys)
+    copies = [m[0] for m in map(BASE_COPY.fullmatch, keys) if m and f"{KEY_PREFIX}{m['module']}.lora_A.weight" in keys]
+    if copies:
+        warnings.warn(
+            f"{where}: {copies[0]!r} is not read: PEFT stores the base model's own head beside a LoRA on it; if you "
+            f"trained or replaced that head, save it in the base model first",
+            stacklevel=3,
+        )
+    return [key for key in keys if key not in copies]
 
 
 def factor_shapes(sizes: Mapping[str, tuple[int, ...]], where: str) -> dict[str, Shape]:
@@ -158,30 +177,33 @@ def scalings(config: Mapping[str, Any], shapes: Mapping[str, Shape], where: str)
 
 
 def check_targets(config: Mapping[str, Any], modules: Iterable[str], where: str) -> None:
-    """Every stored module must be one that the config targets, and every listed target must have a module."""
-    targets, modules = config.get("target_modules"), list(modules)
-    if isinstance(targets, str):
-        found = [m for m in modules if targets == "all-linear" or re.fullmatch(targets, m)]
-        unused = []
-    else:
-        targets = list(targets or [])
-        found = [m for m in modules if any(_is_target(m, target) for target in targets)]
-        unused = [target for target in targets if not any(_is_target(m, target) for m in found)]
-    if unexpected := sorted(set(modules) - set(found)):
+    """Every stored module must be one that the config targets; a target without a module is warned of.
+
+    Such a target is legal, since PEFT passes over names that the base model lacks, but it is also what a file
+    looks like from which layers were lost.
+    """
+    targets, excluded, modules = config.get("target_modules"), config.get("exclude_modules"), list(modules)
+    if targets == "all-linear":
+        targets = ".*"
+    if unexpected := sorted(m for m in modules if not _matches(m, targets) or _matches(m, excluded)):
         raise AdapterError(
-            f"{where}: the weights hold {unexpected[0]!r} (and {len(unexpected) - 1} more), which "
-            f"target_modules of the config does not name: config and weights are not of one adapter"
+            f"{where}: the weights hold {unexpected[0]!r} (and {len(unexpected) - 1} more), which the config's "
+            f"target_modules and exclude_modules leave out: config and weights are not of one adapter"
         )
-    if unused:
-        raise AdapterError(
-            f"{where}: target_modules of the config names {sorted(unused)[0]!r} and the weights hold "
-            f"nothing for it: the file is incomplete, or take the name out of the config if the base "
-            f"model has no such layer"
+    named = [t for t in targets or () if not _matches(t, excluded)] if not isinstance(targets, str) else []
+    if lost := sorted(t for t in named if not any(_matches(m, [t]) for m in modules)):
+        warnings.warn(
+            f"{where}: target_modules names {', '.join(lost[:3])}{' ...' * (len(lost) > 3)} and the weights hold "
+            f"nothing for it: the file is incomplete, unless the base model has no such layer",
+            stacklevel=3,
         )
 
 
-def _is_target(module: str, target: str) -> bool:
-    return module == target or module.endswith(f".{target}")
+def _matches(module: str, patterns: str | Iterable[str] | None) -> bool:
+    """Whether a module is one of PEFT's target_modules or exclude_modules: a pattern, or ends of names."""
+    if isinstance(patterns, str):
+        return re.fullmatch(patterns, module) is not None
+    return any(module == pattern or module.endswith(f".{pattern}") for pattern in patterns or ())
 
 
 def _by_pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:

@@ -71,13 +71,13 @@ def read_task(path: str | Path) -> Task:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is not YAML, a key is unknown or missing, or a value makes no sense.
+        ValueError: the file is not YAML, a key is unknown, missing or there twice, or a value makes no sense.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no task file {path}: pass the path of a YAML file, or a name of the catalog")
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
         return _task(raw)
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
@@ -89,14 +89,32 @@ def check_task_name(name: str) -> str:
     """The name, if a data folder and an adapter can bear it.
 
     Raises:
-        ValueError: it has a dot, a slash, a space or another character that they cannot.
+        ValueError: it has a dot, a slash, a space or another character that they cannot, or PEFT's `ModuleDict`
+            of adapters or a mixture's fallback has the name already.
     """
+    from torch.nn import ModuleDict  # here, because whoever only lists tasks should not wait for torch
+
     if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
         raise ValueError(
             f"task name {name!r}: use only letters, digits, '-' and '_' "
             "(it names a folder and an adapter, and PEFT takes a dot for a path)"
         )
+    if name == "default" or hasattr(ModuleDict(), name):
+        raise ValueError(f"task name {name!r}: PEFT uses it for something else, choose another")
     return name
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that refuses a key given twice, of which PyYAML keeps the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        lines: dict[tuple[str, str], int] = {}
+        for key, _ in node.value:
+            same, line = (key.tag, str(key.value)), key.start_mark.line + 1
+            if same in lines:
+                raise ValueError(f"line {line}: key {key.value!r} is already on line {lines[same]}: keep one")
+            lines[same] = line
+        return super().construct_mapping(node, deep)
 
 
 def _task(raw: Any) -> Task:

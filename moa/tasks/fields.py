@@ -35,6 +35,8 @@ def find_field(row: Mapping[str, Any], columns: Sequence[str], where: str) -> An
             value = _nested(row, column)
         if value is not None:
             return value
+    if empty := [column for column in columns if column in row]:
+        raise ValueError(f"{where}: the row's {empty[0]!r} is null: give it a value, or leave the row out")
     wanted = " or ".join(repr(column) for column in columns)
     raise ValueError(f"{where}: the row has no {wanted}, only {', '.join(map(repr, row))}: add the field")
 
@@ -70,5 +72,7 @@ def as_answer(text: str) -> str:
 
 
 def normalised(value: Any) -> str:
-    """A label as text, so that 1, "1" and " 1" are one label, and "Entailment" is "entailment"."""
+    """A label as text, so that 1, 1.0, "1" and " 1" are one label, and "Entailment" is "entailment"."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
     return " ".join(str(value).lower().split())

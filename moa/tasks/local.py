@@ -13,14 +13,19 @@ def local_rows(data_dir: str | Path, folders: Sequence[str], split: str) -> list
 
     Raises:
         FileNotFoundError: the folder or the split's file is not there (the message lists what is).
-        ValueError: a line is not a JSON object.
+        ValueError: a line is not a JSON object in UTF-8 (a byte-order mark at its start is passed over).
     """
     path = _task_folder(Path(data_dir), folders) / f"{split}.jsonl"
     if not path.is_file():
         found = ", ".join(sorted(p.name for p in path.parent.glob("*.jsonl"))) or "no .jsonl file"
         raise FileNotFoundError(f"no file {path}: the folder has {found}; add {path.name}")
-    with path.open(encoding="utf-8") as lines:
-        return [_row(line, f"{path}, line {n}") for n, line in enumerate(lines, start=1) if line.strip()]
+    rows = []
+    with path.open("rb") as lines:  # bytes, since a text file does not say which line it could not decode
+        for number, raw in enumerate(lines, start=1):
+            where = f"{path}, line {number}"
+            if line := _text(raw, where).strip():
+                rows.append(_row(line, where))
+    return rows
 
 
 def _task_folder(data_dir: Path, folders: Sequence[str]) -> Path:
@@ -32,6 +37,15 @@ def _task_folder(data_dir: Path, folders: Sequence[str]) -> Path:
     wanted = " or ".join(repr(folder) for folder in folders)
     found = ", ".join(sorted(p.name for p in data_dir.iterdir() if p.is_dir())) or "no folders"
     raise FileNotFoundError(f"{data_dir} has no folder {wanted}, only {found}: add it, or leave the task out")
+
+
+def _text(raw: bytes, where: str) -> str:
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{where}: byte {error.object[error.start]:#04x} is not UTF-8: save the file in UTF-8"
+        ) from error
 
 
 def _row(line: str, where: str) -> Located:

@@ -111,15 +111,21 @@ class Task:
     def example(self, row: Mapping[str, Any], where: str) -> Example:
         """The example that `row` stands for; `where` says in an error where the row was found.
 
+        A field may be empty text where the prompt shows another one (a question without a context).
+
         Raises:
-            ValueError: a field is missing, or the label or the answer is not one that the task knows.
+            ValueError: a field is missing, all that the prompt shows are empty, an answer is empty, or the label
+                is not one that the task knows.
         """
         shown = {name: self._shown(name, row, where) for name in template_fields(self.prompt)}
+        if not any(shown.values()):
+            names = " and ".join(map(repr, shown))
+            raise ValueError(f"{where}: no text in {names}: give the prompt something to show")
         prompt = self.prompt.format(**shown)
         if self.answer is not None:
             references = acceptable_answers(self._value(self.answer, row, where), where)
             return Example(self.name, prompt, as_answer(references[0]), references, (), None)
-        texts = tuple(self.choices) or tuple(str(self._value(name, row, where)) for name in self.options)
+        texts = tuple(self.choices) or tuple(self._option(name, row, where) for name in self.options)
         label = self._label(row, where)
         choices = tuple(as_answer(text) for text in texts)
         return Example(self.name, prompt, choices[label], (choices[label].strip(),), choices, label)
@@ -146,6 +152,12 @@ class Task:
         text = str(self._value(name, row, where)).strip()
         words = self.max_words.get(name)
         return text if words is None else " ".join(text.split()[:words])
+
+    def _option(self, name: str, row: Mapping[str, Any], where: str) -> str:
+        text = str(self._value(name, row, where)).strip()
+        if not text:
+            raise ValueError(f"{where}: the option {name!r} is empty: give the row a text for each option")
+        return text
 
     def _label(self, row: Mapping[str, Any], where: str) -> int:
         """The index of the right choice, from whatever the data set calls it."""

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from moa.adapters import write_adapter
+from moa.adapters import read_adapter, write_adapter
 from moa.errors import one_line
 from moa.merging import merge
 from moa.merging.cli import main
@@ -39,6 +39,8 @@ def refusal(adapters, **options):
         ({"weights": [1, 1, float("nan")]}, "weights must be finite numbers"),
         ({"method": "average", "weights": [1, 1, -2]}, "add up to zero"),
         ({"scale": 0.0}, "scale must be a finite number other than 0"),
+        ({"dtype": torch.int8}, "dtype must be one of float32, bfloat16, float16, float64, got int8"),
+        ({"dtype": "bfloat61"}, "got bfloat61; did you mean 'bfloat16'?"),
         ({"name": "a.b"}, "adapter name 'a.b' is not usable: use letters, digits, _ and - only"),
     ],
 )
@@ -79,6 +81,25 @@ def test_adapters_of_different_base_models_are_refused_unless_told_otherwise(fol
     assert merge(folders, check_base=False).report.base_model is None
 
 
+def test_adapters_of_two_folders_of_one_name_are_refused(folders, edit_config, tmp_path):
+    for place in "xy":
+        (tmp_path / place / "model").mkdir(parents=True)
+        (tmp_path / place / "model" / "config.json").write_text(f'"{place}"')
+    edit_config(folders[0], base_model_name_or_path=str(tmp_path / "x" / "model"))
+    edit_config(folders[1], base_model_name_or_path=str(tmp_path / "y" / "model"))
+    assert "merge adapters of one base model" in refusal(folders)
+
+
+def test_a_repository_and_its_local_copy_are_one_base_and_the_result_names_the_repository(
+    folders, edit_config, tmp_path
+):
+    (tmp_path / "base").mkdir()
+    edit_config(folders[0], base_model_name_or_path=str(tmp_path / "base"))
+    result = merge(folders, output=tmp_path / "out")
+    assert result.report.base_model == "tiny/base"
+    assert read_adapter(tmp_path / "out").base_model == "tiny/base"
+
+
 def test_adapters_of_different_revisions_of_a_base_are_refused(folders, edit_config):
     edit_config(folders[0], revision="aaa")
     edit_config(folders[1], revision="bbb")
@@ -108,10 +129,13 @@ def test_a_value_beyond_the_range_of_the_dtype_is_refused(adapters, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--densty", "0.3"], "there is no option --densty; did you mean '--density'?"),
+        (["--densty", "0.3"], "unknown option --densty; did you mean '--density'? (--help lists all)"),
         (["--method", "svdd"], "there is no merge method 'svdd'"),
         (["--rank", "x"], "argument --rank: invalid int value: 'x'"),
         (["--weights", "1"], "weights must be one for each adapter: got 1 for 3 adapters"),
+        (["--metod", "ties"], "unknown option --metod; did you mean '--method'?"),
+        (["--meth", "ties"], "unknown option --meth; did you mean '--method'?"),
+        (["--dtype", "int8"], "argument --dtype: invalid choice: 'int8'"),
         (["--split", "half", "--method", "factor_sum"], "split of factor_sum must be one of sqrt, both, b"),
         (["--density", "0.3"], "svd has no option 'density'"),
     ],
@@ -123,6 +147,12 @@ def test_the_command_line_says_one_sentence_and_exits_with_2(arguments, message,
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ") and message in line
     assert not (tmp_path / "out").exists()
+
+
+def test_a_misspelt_required_option_is_what_is_named(folders, capsys):
+    with pytest.raises(SystemExit):
+        main([*map(str, folders), "--ouput", "x"])
+    assert "unknown option --ouput; did you mean '--output'?" in capsys.readouterr().err
 
 
 def test_a_config_that_is_no_json_is_refused(folders):

@@ -119,6 +119,18 @@ def test_the_merge_command_writes_what_the_function_returns(folders, tmp_path, c
         assert (tmp_path / "out" / file).read_bytes() == (tmp_path / "same" / file).read_bytes()
 
 
+def test_a_weight_may_be_written_with_a_negative_number_and_an_exponent(folders, tmp_path):
+    merge_command([*map(str, folders), "--weights", "-1e-3", "1", "-.5", "--output", str(tmp_path / "out")])
+    report = json.loads((tmp_path / "out" / "merge_report.json").read_text())
+    assert [source["weight"] for source in report["sources"]] == [-0.001, 1.0, -0.5]
+
+
+@pytest.mark.parametrize("name", ["bfloat16", "float16", "float64"])
+def test_a_dtype_may_be_given_by_name(name, folders):
+    assert merge(folders, dtype=name).modules.keys() == merge(folders, dtype=getattr(torch, name)).modules.keys()
+    assert {u.B.dtype for u in merge(folders, dtype=name).modules.values()} == {getattr(torch, name)}
+
+
 def test_the_methods_command_lists_everything_as_json(capsys):
     methods_command(["--json"])
     listed = {entry["name"]: entry for entry in json.loads(capsys.readouterr().out)}

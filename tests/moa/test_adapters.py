@@ -169,9 +169,10 @@ def refusal(folder, error=AdapterError):
         ({"rank_pattern": {"q_proj": 3}}, f"the config says rank 3 for '{Q}' and the tensors have rank 4"),
         ({"r": None}, "r in the config must be a number, got None"),
         ({"lora_alpha": "8"}, "lora_alpha in the config must be a number, got '8'"),
-        ({"target_modules": ["q_proj"]}, "which target_modules of the config does not name"),
-        ({"target_modules": ["q_proj", "v_proj", "o_proj"]}, "names 'o_proj' and the weights hold nothing for it"),
-        ({"target_modules": r".*q_proj"}, "which target_modules of the config does not name"),
+        ({"target_modules": ["q_proj"]}, "target_modules and exclude_modules leave out"),
+        ({"target_modules": r".*q_proj"}, "target_modules and exclude_modules leave out"),
+        ({"exclude_modules": ["v_proj"]}, "target_modules and exclude_modules leave out"),
+        ({"exclude_modules": r".*v_proj"}, "target_modules and exclude_modules leave out"),
     ],
 )
 def test_an_adapter_that_is_no_plain_lora_or_contradicts_itself_is_refused(changes, message, folder):
@@ -188,6 +189,11 @@ def test_an_adapter_that_is_no_plain_lora_or_contradicts_itself_is_refused(chang
         (lambda t: {**t, f"base_model.model.{Q}.lora_magnitude_vector": torch.ones(2)}, "a DoRA magnitude"),
         (lambda t: {**t, "base_model.model.e.lora_embedding_A": torch.ones(2, 2)}, "LoRA on an embedding"),
         (lambda t: {**t, f"base_model.model.{Q}.lora_B.bias": torch.ones(2)}, "a bias on lora_B"),
+        (
+            lambda t: {**t, f"base_model.model.{Q}.base_layer.weight": torch.ones(2)},
+            "a weight of the base model itself",
+        ),
+        (lambda t: {**t, "base_model.model.lm_head.base_layer.weight": torch.ones(2)}, "a weight of the base"),
         (lambda t: {k: v[:2] if f"{Q}.lora_A" in k else v for k, v in t.items()}, "do not fit"),
         (lambda t: {k: v[..., None, None] for k, v in t.items()}, "(a convolution?)"),
         (lambda t: {k: v * float("nan") if Q in k else v for k, v in t.items()}, f"'{Q}' hold NaN or infinite"),
@@ -230,6 +236,37 @@ def test_a_repository_that_cannot_be_downloaded_says_so(monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
     message = refusal("user/adapter", FileNotFoundError)
     assert "no adapter folder user/adapter here" in message and "(no connection)" in message
+
+
+def test_a_target_that_the_file_holds_nothing_for_is_warned_of(folder):
+    set_config(folder, target_modules=["q_proj", "v_proj", "query_key_value"])
+    with pytest.warns(UserWarning, match="query_key_value and the weights hold nothing for it"):
+        read_adapter(folder)
+
+
+@pytest.mark.parametrize("excluded", [["o_proj", "lm_head"], r".*\.(o_proj|lm_head)"])
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "o_proj"], r".*(q|o)_proj"])
+def test_a_target_that_the_config_excludes_is_not_missed(targets, excluded, base, tmp_path, recwarn):
+    model = peft_model(base, {**PLAIN, "target_modules": targets, "exclude_modules": excluded})
+    model.save_pretrained(tmp_path / "a", save_embedding_layers=False)
+    stored = read_adapter(tmp_path / "a")
+    assert stored.shapes == from_model(model, "default").shapes
+    assert not any("o_proj" in module for module in stored.modules)
+    by_suffix_and_pattern = isinstance(targets, list) and isinstance(excluded, str)  # nobody can tell from names
+    assert by_suffix_and_pattern or not [w for w in recwarn if "hold nothing for it" in str(w.message)]
+
+
+def test_the_copy_of_the_head_that_peft_stores_beside_a_lora_on_it_is_not_read(base, tmp_path):
+    model = peft_model(base, {**PLAIN, "target_modules": ["q_proj", "lm_head"]})
+    model.save_pretrained(tmp_path / "a")
+    assert "base_model.model.lm_head.base_layer.weight" in load_file(tmp_path / "a" / "adapter_model.safetensors")
+    set_tensors(tmp_path / "a", lambda t: {k: v.double() if "base_layer" in k else v for k, v in t.items()})
+    with pytest.warns(UserWarning, match="lm_head.base_layer.weight' is not read.*if you trained"):
+        stored = read_adapter(tmp_path / "a")
+    assert stored.dtype == torch.float32
+    assert "lm_head" in stored.modules
+    for name, update in from_model(model, "default").modules.items():
+        assert torch.equal(stored.modules[name].delta(), update.delta())
 
 
 def test_a_config_entry_from_the_future_is_reported(folder):

@@ -190,6 +190,7 @@ def test_a_missing_config_file_is_refused_with_the_nearest_one_there(config, ref
 
 def test_a_negative_number_is_a_value_and_no_option():
     assert parse(Training, ["--model", "m", "--steps", "-1"])[0].steps == -1
+    assert parse(Data, ["--tasks", "-1e-3", "-.5", "-2.E+4"])[0].tasks == ["-1e-3", "-.5", "-2.E+4"]
 
 
 def test_the_env_block_becomes_environment_variables_as_written(config, monkeypatch):

@@ -8,6 +8,7 @@ import types
 import pytest
 
 from moa.cli import COMMANDS, main
+from moa.errors import OneLineParser
 
 
 def test_help_lists_every_command_with_examples(capsys):
@@ -45,6 +46,29 @@ def test_env_prints_versions(capsys):
     facts = dict(line.split(None, 1) for line in capsys.readouterr().out.splitlines())
     assert facts["python"] == sys.version.split()[0]
     assert {"torch", "peft", "transformers", "moa-peft"} <= facts.keys()
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("methods --jsn", "unknown option --jsn; did you mean '--json'?"),
+        ("push --metod ties", "unknown option --metod; did you mean '--method'?"),
+        ("push mixture me/repo --fuse adapter", "unknown option --fuse; did you mean '--fused'?"),
+        ("env --jsn", "unknown option --jsn (--help lists all)"),
+    ],
+)
+def test_a_misspelt_option_of_any_command_gets_the_nearest_one_in_full(line, message, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(line.split())
+    assert caught.value.code == 2
+    (sentence,) = capsys.readouterr().err.splitlines()
+    assert message in sentence
+
+
+def test_what_follows_two_dashes_is_no_option(capsys):
+    parser = OneLineParser()
+    parser.add_argument("words", nargs="*")
+    assert parser.parse_args(["--", "--word"]).words == ["--word"]
 
 
 def test_version_is_printed(capsys):

@@ -74,6 +74,9 @@ def test_an_answer_of_several_lines_is_trained_on_as_one(write_task, write_rows)
         ({"name": "my.task"}, r"task name 'my.task'.*letters, digits"),
         ({"name": "my/task"}, "task name 'my/task'"),
         ({"name": "'my task'"}, "task name 'my task'"),
+        ({"name": "default"}, "task name 'default': PEFT uses it for something else, choose another"),
+        ({"name": "type"}, "task name 'type': PEFT uses it"),
+        ({"name": "half"}, "task name 'half': PEFT uses it"),
         ({"name": None}, "has no `name`"),
         ({"name": "12"}, "`name` is 12: it must be text"),
         ({"metric": "acuracy"}, "unknown metric 'acuracy'.*did you mean 'accuracy'"),
@@ -108,6 +111,21 @@ def test_a_task_file_that_makes_no_sense_says_what_to_change(write_task, changes
     with pytest.raises(ValueError, match=message) as error:
         load_task(path)
     assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("added", "message"),
+    [
+        ("metric: squad\n", "line 5: key 'metric' is already on line 2: keep one"),
+        ("columns:\n  text: a\n  text: b\n", "line 7: key 'text' is already on line 6"),
+        ("max_words: {text: 1, text: 2}\n", "line 5: key 'text' is already on line 5"),
+    ],
+)
+def test_a_key_given_twice_is_refused_with_both_lines(write_task, added, message):
+    path = write_task(yaml_of() + added)
+    with pytest.raises(ValueError, match=message) as error:
+        load_task(path)
+    assert str(path) in str(error.value)
 
 
 @pytest.mark.parametrize(("text", "message"), [("a: [", "not valid YAML"), ("- a\n", "mapping"), ("", "mapping")])

@@ -79,7 +79,10 @@ def test_a_larger_limit_keeps_the_rows_of_a_smaller_one(write_rows):
     [
         ({"sentense": "x", "label": 1}, "line 2: the row has no 'sentence', only 'sentense', 'label'"),
         ({"sentence": "x"}, "line 2: the row has no 'label'"),
-        ({"sentence": None, "label": 1}, "line 2: the row has no 'sentence'"),
+        ({"sentence": None, "label": 1}, "line 2: the row's 'sentence' is null: give it a value"),
+        ({"sentence": "x", "label": None}, "line 2: the row's 'label' is null"),
+        ({"sentence": " ", "label": 1}, "line 2: no text in 'sentence': give the prompt something to show"),
+        ({"sentence": "x", "label": 1.5}, "line 2: label 1.5 is none of 0, 1"),
         ({"sentence": "x", "label": -1}, "line 2: label -1 is none of 0, 1, negative, positive"),
         ({"sentence": "x", "label": "mixed"}, "line 2: label 'mixed' is none of"),
         ('{"sentence": "x"', "line 2: not valid JSON"),
@@ -98,6 +101,40 @@ def test_an_empty_answer_is_an_error(write_rows, answers):
     data = write_rows("squad", [{"context": "c", "question": "q", "answers": answers}])
     with pytest.raises(ValueError, match="line 1: the answer is empty"):
         load_task("squad").examples("test", data_dir=data)
+
+
+def test_an_empty_field_is_taken_where_the_prompt_shows_another_one(write_rows):
+    data = write_rows("squad", [{"context": "", "question": "Who?", "answers": ["x"]}])
+    [example] = load_task("squad").examples("test", data_dir=data)
+    assert {"Context:", "Question: Who?"} <= {line.strip() for line in example.prompt.splitlines()}
+
+
+def test_an_empty_option_is_an_error(write_rows):
+    data = write_rows("piqa", [{"goal": "g", "sol1": "x", "sol2": " ", "label": 0}])
+    with pytest.raises(ValueError, match="line 1: the option 'sol2' is empty"):
+        load_task("piqa").examples("test", data_dir=data)
+
+
+def test_a_label_that_is_a_whole_number_may_be_stored_as_a_float(write_rows):
+    data = write_rows("sst2", [{"sentence": "x", "label": 1.0}, {"sentence": "x", "label": 0.0}])
+    assert [e.label for e in load_task("sst2").examples("test", data_dir=data)] == [1, 0]
+
+
+def test_bytes_that_are_not_utf_8_are_named_with_their_file_and_line(write_rows):
+    data = write_rows("sst2", SST2)
+    file = data / "sst2" / "test.jsonl"
+    file.write_bytes(b'\xef\xbb\xbf{"sentence": "good", "label": 1}\n{"sentence": "caf\xe9", "label": 1}\n')
+    with pytest.raises(ValueError, match="line 2: byte 0xe9 is not UTF-8: save the file in UTF-8") as error:
+        load_task("sst2").examples("test", data_dir=data)
+    assert str(file) in str(error.value)
+
+
+def test_a_byte_order_mark_and_windows_line_ends_are_passed_over(write_rows):
+    data = write_rows("sst2", SST2)
+    row = '{"sentence": "café", "label": 1}\r\n'
+    (data / "sst2" / "test.jsonl").write_text(row + row, encoding="utf-8-sig", newline="")
+    examples = load_task("sst2").examples("test", data_dir=data)
+    assert len(examples) == 2 and "Review: café" in examples[0].prompt.splitlines()
 
 
 def test_a_blank_line_is_skipped_and_the_count_goes_on(write_rows):
