@@ -20,8 +20,13 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from moa.adapters import check_name
+
+PEFT_KEYS = {"base_model", "model", "base_layer", "weight", "bias", "lora_dropout", *LoraLayer.adapter_layer_names}
 
 
 @dataclass
@@ -33,12 +38,14 @@ class RouteState:
         weights: `[batch, experts]` (or one row for all); None runs PEFT's active adapter.
         off: run the base model alone. `PeftModel.disable_adapter` is no substitute: it turns gradients back on.
         pinned: the weights were set by a caller and stay; otherwise each forward routes anew.
+        broadcast: one row of weights serves a batch of any size; off where the caller named one expert a sequence.
     """
 
     experts: tuple[str, ...]
     weights: Float[Tensor, "batch experts"] | None = None
     off: bool = False
     pinned: bool = False
+    broadcast: bool = True
 
     @contextmanager
     def set(self, **changes: Any) -> Iterator[None]:
@@ -51,6 +58,15 @@ class RouteState:
         finally:
             for name, value in before.items():
                 setattr(self, name, value)
+
+    def check_rows(self, sequences: int) -> None:
+        """Refuse weights that were made for another number of sequences than the batch has."""
+        rows = self.weights.shape[0]
+        if rows != sequences and not (rows == 1 and self.broadcast):
+            raise ValueError(
+                f"the routing is for {rows} sequence{'s' if rows > 1 else ''}, this batch has {sequences}: "
+                "route this batch, or pin one expert's name (one row of weights) a sequence"
+            )
 
 
 @dataclass(frozen=True)
@@ -70,10 +86,16 @@ class GatedLayer(nn.Module):
     stack: Stack | None
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if self.route.off:
+        if self.merged:
+            raise ValueError(
+                f"PEFT merged {', '.join(self.merged_adapters)} into the base weights, which the experts would add to "
+                "once more: call unmerge_adapter() first"
+            )
+        if self.route.off or self.disable_adapters:
             return self.base_layer(x, *args, **kwargs)
         if self.route.weights is None:
             return super().forward(x, *args, **kwargs)
+        self.route.check_rows(x.shape[0])
         result = self.base_layer(x, *args, **kwargs)
         stack = self.current_stack()
         if stack is None:  # no expert adapts this layer
@@ -108,16 +130,7 @@ class GatedLayer(nn.Module):
 def gated_low_rank(
     x: Float[Tensor, "batch *tokens n"], stack: Stack, weights: Float[Tensor, "rows experts"]
 ) -> Float[Tensor, "batch *tokens o"]:
-    """`((x @ A.T) * gate) @ B.T`, the gate of a sequence shared by its tokens; one row of weights serves all.
-
-    Raises:
-        ValueError: the weights are for another number of sequences than x has.
-    """
-    if weights.shape[0] not in (1, x.shape[0]):
-        raise ValueError(
-            f"the routing holds {weights.shape[0]} sequences, this batch has {x.shape[0]}: "
-            "route this batch, or pin weights with one row a sequence"
-        )
+    """`((x @ A.T) * gate) @ B.T`, the gate of a sequence shared by its tokens; one row of weights serves all."""
     gate = weights.to(device=x.device, dtype=stack.A.dtype)[:, stack.expert_of_rank]
     gate = gate.view(gate.shape[0], *(1,) * (x.dim() - 2), gate.shape[1])
     return F.linear(F.linear(x.to(stack.A.dtype), stack.A) * gate, stack.B)
@@ -137,6 +150,30 @@ def install(model: nn.Module, route: RouteState) -> None:
         module.__class__ = type(f"Gated{kind.__name__}", (GatedLayer, kind), {"__module__": __name__})
         module.route = route
         module.stack = None
+
+
+def check_fresh(base: nn.Module) -> None:
+    """Refuse a base model that holds adapters: two mixtures would share, and spoil, each other's layers."""
+    if any(isinstance(module, BaseTunerLayer) for module in base.modules()):
+        raise ValueError("this base model holds adapters already: load a fresh one for each mixture")
+
+
+def check_adapter_name(base: nn.Module, name: str) -> None:
+    """Refuse a name that PEFT would confuse with a part of the model.
+
+    PEFT saves one adapter by dropping each key that has another adapter's name between two dots, so that an adapter
+    called "0" or "q_proj" would take the factors of a layer, or of all layers, out of the others' files.
+
+    Raises:
+        ValueError: a name that PEFT cannot hold, or that is part of a module's path or of PEFT's own keys.
+    """
+    check_name(name)
+    parts = {part for key in base.state_dict() for part in key.split(".")}
+    if name in parts or name in PEFT_KEYS:
+        raise ValueError(
+            f"an adapter cannot be called {name!r}, which is part of the model's own parameter names, because PEFT "
+            "would mix them up when it saves: choose another name"
+        )
 
 
 def _check_plain(name: str, module: LoraLayer) -> None:

@@ -20,12 +20,12 @@ from jaxtyping import Float, Int
 from peft import PeftConfig, PeftModelForCausalLM
 from peft.helpers import rescale_adapter_scale
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
-from moa.adapters import Adapter, add_to_model, check_name, from_model, read_adapter
+from moa.adapters import Adapter, add_to_model, from_model, read_adapter
 from moa.base_model import load_base_model, portable_name, same_base
 from moa.config import FALLBACK, Fallback, MoaConfig
-from moa.mixture import RouteState, install
+from moa.mixture import RouteState, check_adapter_name, check_fresh, install
 from moa.prefix import default_layer, prompt_features
 from moa.router import SequenceRouter
 from moa.routing import Routing, RoutingMode, route_logits, route_names
@@ -53,7 +53,7 @@ class MoaModel(PeftModelForCausalLM):
     @classmethod
     def from_adapters(
         cls,
-        base: PreTrainedModel | str,
+        base: PreTrainedModel | str | Path,
         adapters: Mapping[str, str | Path],
         *,
         router_layer: int | None = None,
@@ -64,7 +64,7 @@ class MoaModel(PeftModelForCausalLM):
         """Load LoRA adapters, of any ranks and target modules, as the experts of one base model.
 
         Args:
-            base: the base model, or its name.
+            base: the base model, which must hold no adapter yet, or its name or folder.
             adapters: name of each expert -> its folder or Hub repository.
             router_layer: the router reads the hidden state entering this layer; default a quarter of the depth.
             routing: `hard`, `top_k` or `soft`.
@@ -72,18 +72,19 @@ class MoaModel(PeftModelForCausalLM):
             check_base: refuse adapters that name another base model.
 
         Raises:
-            ValueError: no adapters, a name that PEFT cannot hold, adapters of different base models, or an adapter
-                that is not plain LoRA on linear layers.
+            ValueError: no adapters, a name that PEFT cannot hold, adapters of different base models, a base that
+                holds adapters already, or an adapter that is not plain LoRA on linear layers with finite factors.
         """
         if not adapters:
             raise ValueError("a mixture needs at least one adapter: got none")
+        if FALLBACK in adapters:
+            raise ValueError(f"an expert cannot be called {FALLBACK!r}, the fallback's name: choose another")
+        read = {name: _read_finite(path, name) for name, path in adapters.items()}
+        if isinstance(base, str | Path):
+            base = load_base_model(str(base))
+        check_fresh(base)
         for name in adapters:
-            check_name(name)
-            if name == FALLBACK:
-                raise ValueError(f"an expert cannot be called {FALLBACK!r}, the fallback's name: choose another")
-        read = {name: read_adapter(path, name) for name, path in adapters.items()}
-        if isinstance(base, str):
-            base = load_base_model(base)
+            check_adapter_name(base, name)
         if check_base:
             _check_base(base, list(read.values()))
         model = _load_experts(cls, base, read)
@@ -93,6 +94,7 @@ class MoaModel(PeftModelForCausalLM):
             router_layer=default_layer(base) if router_layer is None else router_layer,
             routing=routing,
             top_k=top_k,
+            check_base=check_base,
         )
         model.moa_router = None
         model.route_state = RouteState(experts=tuple(read))
@@ -171,10 +173,17 @@ class MoaModel(PeftModelForCausalLM):
 
     @contextmanager
     def pinned(self, routing: Routing | Sequence[str]) -> Iterator[None]:
-        """Keep one routing for everything inside the block: a `Routing`, or one expert's name a sequence."""
-        if not isinstance(routing, Routing):
-            routing = route_names(routing, self.experts)
-        with self.route_state.set(weights=routing.weights, off=False, pinned=True):
+        """Keep one routing for everything inside the block.
+
+        Args:
+            routing: a `Routing`, whose one row serves a batch of any size, or a list of one expert's name a sequence.
+
+        Raises:
+            ValueError: no names, or a name that is no expert.
+        """
+        named = not isinstance(routing, Routing)
+        weights = (route_names(routing, self.experts) if named else routing).weights
+        with self.route_state.set(weights=weights, off=False, pinned=True, broadcast=not named):
             yield
 
     @contextmanager
@@ -204,13 +213,38 @@ class MoaModel(PeftModelForCausalLM):
         with self.route_state.set(off=True, pinned=True):
             yield
 
-    def forward(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
+    @contextmanager
+    def _pinned_by_argument(self, names: Sequence[str]) -> Iterator[None]:
+        """PEFT's `adapter_names`: one expert a sequence, at inference."""
+        if self.training:
+            raise ValueError("adapter_names are for inference: call model.eval(), or train inside model.pinned(names)")
+        if "__base__" in names:
+            raise ValueError(
+                "adapter_names of a mixture cannot hold '__base__': run those prompts apart, with model.using_base()"
+            )
+        with self.pinned(names):
+            yield
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        *,
+        adapter_names: Sequence[str] | None = None,
+        **kwargs: Any,
+    ) -> Any:
         """As the base model's forward. Routes on the prompt (what `labels` marks -100) unless a routing is pinned.
+
+        Args:
+            adapter_names: one expert's name a sequence, instead of routing.
 
         Raises:
             ValueError: nothing is pinned and there are no `input_ids`, or a cache of earlier tokens is given.
         """
-        if not self.route_state.pinned:
+        if adapter_names is not None:
+            with self._pinned_by_argument(adapter_names):
+                return self.forward(input_ids, attention_mask, **kwargs)
+        if not (self.route_state.pinned or self._adapters_disabled):
             cache = kwargs.get("past_key_values")
             if input_ids is None or (cache is not None and cache.get_seq_length() > 0):
                 raise ValueError(
@@ -223,19 +257,28 @@ class MoaModel(PeftModelForCausalLM):
             self.route_state.weights = self.route(input_ids, attention_mask, prompt_mask=prompt_mask).weights
         return super().forward(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
 
-    def generate(self, inputs: Tensor | None = None, **kwargs: Any) -> Any:
-        """As `transformers`' generate: each prompt is routed once, and keeps its route to its last token."""
+    def generate(
+        self, inputs: Tensor | None = None, *, adapter_names: Sequence[str] | None = None, **kwargs: Any
+    ) -> Any:
+        """As `transformers`' generate: each prompt is routed once, and keeps its route to its last token.
+
+        Args:
+            adapter_names: one expert's name a prompt, instead of routing.
+        """
+        if adapter_names is not None:
+            with self._pinned_by_argument(adapter_names):
+                return self.generate(inputs, **kwargs)
         input_ids = kwargs.pop("input_ids", inputs)
-        if self.route_state.pinned:
+        state = self.route_state
+        if state.off or self._adapters_disabled or (state.pinned and state.weights is None):
             return super().generate(input_ids=input_ids, **kwargs)
-        if input_ids is None:
+        if not state.pinned and input_ids is None:
             raise ValueError("generate routes on input_ids: got none, pass the tokenised prompts")
-        routing = self.route(input_ids, kwargs.get("attention_mask"))
-        config = kwargs.get("generation_config") or self.generation_config
-        copies = max(
-            kwargs.get(name) or getattr(config, name, None) or 1 for name in ("num_beams", "num_return_sequences")
-        )
-        with self.pinned(routing.repeat_interleave(copies)):
+        weights = state.weights if state.pinned else self.route(input_ids, kwargs.get("attention_mask")).weights
+        if not (state.pinned and state.broadcast and len(weights) == 1):
+            config = kwargs.get("generation_config") or self.generation_config
+            weights = weights.repeat_interleave(_rows_of_a_prompt(config, kwargs), dim=0)
+        with state.set(weights=weights, pinned=True):
             return super().generate(input_ids=input_ids, **kwargs)
 
     # ---- merging
@@ -261,21 +304,30 @@ class MoaModel(PeftModelForCausalLM):
             options: options of the method, `scale` and `seed`.
 
         Raises:
-            ValueError: an unknown adapter, method or option, or a name in `into` that is taken.
+            ValueError: an unknown adapter, method or option, or a name in `into` that is taken or not usable.
         """
         from moa.merging import merge
+
+        if into == FALLBACK:
+            raise ValueError(f"{FALLBACK!r} is the fallback's name: make it with set_fallback, or choose another name")
+        if into in self.peft_config:
+            raise ValueError(f"an adapter called {into!r} is already loaded: choose another name for the merge")
+        if into is not None:
+            check_adapter_name(self.get_base_model(), into)
 
         names = list(self.experts if adapters is None else adapters)
         for name in names:
             if name not in self.peft_config:
                 raise ValueError(f"no adapter is called {name!r}: this model holds {', '.join(self.peft_config)}")
-        if into is not None and into in self.peft_config:
-            raise ValueError(f"an adapter called {into!r} is already loaded: choose another name for the merge")
+        options.setdefault("check_base", self.moa_config.check_base)
         result = merge([from_model(self, name) for name in names], method, weights=weights, rank=rank, **options)
         if into is not None:
-            add_to_model(self, into, result.modules)
-            install(self, self.route_state)
+            self._add(into, result)
         return result
+
+    def _add(self, name: str, merged: MergeResult) -> None:
+        add_to_model(self, name, merged.modules)
+        install(self, self.route_state)
 
     def set_fallback(self, method: str = "svd", **options: Any) -> MergeResult:
         """Merge the experts into the adapter at the root of the saved folder, which plain PEFT and vLLM load.
@@ -283,21 +335,30 @@ class MoaModel(PeftModelForCausalLM):
         Args:
             options: as for `merge_adapters`.
         """
+        result = self.merge_adapters(method, **options)
         if FALLBACK in self.peft_config:
             self.delete_adapter(FALLBACK)
-        result = self.merge_adapters(method, into=FALLBACK, **options)
+        self._add(FALLBACK, result)
         self.moa_config.fallback = Fallback(method, dict(result.report.weights), result.report.scale)
         return result
 
     # ---- saving and loading
 
     @classmethod
-    def from_pretrained(cls, model: PreTrainedModel | str | None, model_id: str | Path, **kwargs: Any) -> MoaModel:
+    def from_pretrained(
+        cls,
+        model: PreTrainedModel | str | Path | None,
+        model_id: str | Path,
+        *,
+        check_base: bool = True,
+        **kwargs: Any,
+    ) -> MoaModel:
         """Load a saved mixture: adapters, router, settings; checks that no adapter changed since it was saved.
 
         Args:
-            model: the base model, its name, or None for the one that the mixture names.
+            model: the base model, its name or folder, or None for the one that the mixture names.
             model_id: a folder, or a Hub repository.
+            check_base: refuse another base model than the mixture was saved on.
             kwargs: `revision`, `token`, `cache_dir` for the Hub.
 
         Raises:
@@ -306,7 +367,7 @@ class MoaModel(PeftModelForCausalLM):
         """
         from moa.saving import load_mixture
 
-        return load_mixture(cls, model, model_id, **kwargs)
+        return load_mixture(cls, model, model_id, check_base=check_base, **kwargs)
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
         """Write one folder with three readers: its root is a plain LoRA adapter (the fallback, a merge of the
@@ -331,6 +392,19 @@ class MoaModel(PeftModelForCausalLM):
         from moa.push import push_mixture
 
         return push_mixture(self, repo_id, fused=fused, **kwargs)
+
+
+def _rows_of_a_prompt(config: GenerationConfig, asked: Mapping[str, Any]) -> int:
+    """How many rows of a batch `generate` makes of one prompt: its beams, or the sequences to return."""
+    return max(asked.get(name) or getattr(config, name, None) or 1 for name in ("num_beams", "num_return_sequences"))
+
+
+def _read_finite(path: str | Path, name: str) -> Adapter:
+    """Read an adapter and look at every factor once, for PEFT loads NaN without a word."""
+    adapter = read_adapter(path, name)
+    for module in adapter.modules:
+        adapter.modules[module]
+    return adapter
 
 
 def _check_base(base: PreTrainedModel, adapters: Sequence[Adapter]) -> None:

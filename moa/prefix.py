@@ -16,7 +16,7 @@ from moa.router import mean_pool
 
 def default_layer(base_model: PreTrainedModel) -> int:
     """A quarter of the depth: deep enough to tell tasks apart, cheap enough to run before every prompt."""
-    return base_model.config.get_text_config().num_hidden_layers // 4
+    return max(1, base_model.config.get_text_config().num_hidden_layers // 4)
 
 
 @torch.no_grad()

@@ -15,33 +15,49 @@ if TYPE_CHECKING:
 
 EXAMPLES = """examples:
   moa push outputs/moa me/my-mixture
-  moa push outputs/moa me/my-merge --fused adapter --method ties
+  moa push outputs/moa me/my-merge --fused adapter --method ties --weights 1 1 0.5 --scale 0.8
   moa push outputs/moa me/my-model --fused model --private
 """
 
 
-@run
-def main(argv: list[str] | None = None) -> None:
+def _parser() -> OneLineParser:
     parser = OneLineParser(
         prog="moa push",
         description=__doc__,
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("mixture", help="folder of a saved mixture")
-    parser.add_argument("repo_id", help="repository on the Hub, such as me/my-mixture; made if it is not there")
-    parser.add_argument(
-        "--fused", choices=("adapter", "model"), help="push the fallback alone, or folded into the base model"
+    add = parser.add_argument
+    add("mixture", help="folder of a saved mixture")
+    add("repo_id", help="repository on the Hub, such as me/my-mixture; made if it is not there")
+    add("--fused", choices=("adapter", "model"), help="push the fallback alone, or folded into the base model")
+    add("--method", help="merge the experts anew by this method first ('moa methods' lists them)")
+    add("--weights", nargs="+", type=float, help="with --method: one for each expert (default: 1/N each)")
+    add("--rank", type=int, help="with --method: rank of the merge (default: the method's own)")
+    add("--scale", type=float, help="with --method: factor on the merge (default: 1.0)")
+    add(
+        *("--no_check_base", "--no-check-base"),
+        dest="check_base",
+        action="store_false",
+        help="accept adapters of other base models",
     )
-    parser.add_argument("--method", help="merge the experts anew by this method first ('moa methods' lists them)")
-    parser.add_argument("--private", action="store_true", help="make the repository private")
-    parser.add_argument("--commit_message", help="message of the commit")
-    arguments = parser.parse_args(argv)
+    add("--private", action="store_true", help="make the repository private")
+    add("--commit_message", help="message of the commit")
+    return parser
+
+
+@run
+def main(argv: list[str] | None = None) -> None:
+    arguments = _parser().parse_args(argv)
+    options = {name: getattr(arguments, name) for name in ("weights", "rank", "scale")}
+    given = {name: value for name, value in options.items() if value is not None}
+    if given and arguments.method is None:
+        raise ValueError(f"--{next(iter(given))} belongs to a new merge: name its --method too")
     from moa.model import MoaModel
 
-    model = MoaModel.from_pretrained(None, arguments.mixture)
+    model = MoaModel.from_pretrained(None, arguments.mixture, check_base=arguments.check_base)
     if arguments.method is not None:
-        model.set_fallback(arguments.method)
+        model.set_fallback(arguments.method, **given)
     address = model.push_to_hub(
         arguments.repo_id,
         fused=arguments.fused,

@@ -31,11 +31,6 @@ class Routing:
         """Index of the heaviest expert of each sequence."""
         return self.weights.argmax(dim=-1).tolist()
 
-    def repeat_interleave(self, times: int) -> Routing:
-        """Each row `times` times, as `generate` lays out beams and returned sequences."""
-        logits = None if self.logits is None else self.logits.repeat_interleave(times, dim=0)
-        return Routing(self.weights.repeat_interleave(times, dim=0), logits)
-
 
 def route_logits(logits: Float[Tensor, "batch experts"], mode: RoutingMode = "hard", top_k: int = 2) -> Routing:
     """Turn a router's logits into expert weights.
@@ -57,8 +52,10 @@ def route_names(names: Sequence[str], experts: Sequence[str]) -> Routing:
     """One-hot weights for experts named by the caller, one name a sequence (the oracle).
 
     Raises:
-        ValueError: a name that is no expert of this mixture.
+        ValueError: no names, one text instead of a list, or a name that is no expert of this mixture.
     """
+    if isinstance(names, str) or not names:
+        raise ValueError(f"experts are pinned by a list with one name a sequence: got {names!r}")
     unknown = sorted(set(names) - set(experts))
     if unknown:
         raise ValueError(f"no expert is called {unknown[0]!r}: this mixture has {', '.join(experts)}")

@@ -10,7 +10,7 @@ moa/                         root: the fallback, a plain LoRA adapter (stock PEF
 
 from __future__ import annotations
 
-import shutil
+import re
 import tempfile
 from importlib.metadata import version
 from pathlib import Path
@@ -20,10 +20,10 @@ from peft import PeftModelForCausalLM
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from moa.adapters import WEIGHTS_FILE, file_sha256
-from moa.base_model import load_base_model
+from moa.adapters import file_sha256, from_model
+from moa.base_model import load_base_model, same_base
 from moa.card import mixture_card
-from moa.config import CONFIG_NAME, FALLBACK, MoaConfig
+from moa.config import CONFIG_NAME, FALLBACK, ROUTER_NAME, MoaConfig
 from moa.router import SequenceRouter
 
 if TYPE_CHECKING:
@@ -31,7 +31,10 @@ if TYPE_CHECKING:
 
     from moa.model import MoaModel
 
-ROUTER_NAME = "moa_router.safetensors"
+CARD_NAME = "README.md"
+TRAINING_LEFT = re.compile(
+    r"checkpoint-\d+|moa_training\.json|runs|logs|wandb|mlruns|trackio|events\.out\.tfevents\..*"
+)
 PACKAGES = ("torch", "transformers", "peft", "moa-peft")
 
 
@@ -40,48 +43,72 @@ def save_mixture(
 ) -> None:
     """Write the folder beside `directory`, then move it there: what stood there before survives a failure.
 
+    Of an earlier mixture only the files that its config lists are replaced or removed.
+
     Raises:
-        ValueError: `directory` is a file, or a folder that holds something else than a mixture.
+        ValueError: `directory` is a file, or a folder with other things than a mixture or what its training left.
     """
-    _check_destination(directory)
+    earlier = _earlier_files(directory)
     directory.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name}-") as scratch:
         written = Path(scratch) / "mixture"
         write_mixture(model, written, **kwargs)
-        directory.mkdir(exist_ok=True)
-        for entry in sorted(written.iterdir()):
-            _replace(entry, directory / entry.name)
+        files = sorted(str(file.relative_to(written)) for file in written.rglob("*") if file.is_file())
+        _check_free(directory, set(files) - earlier)
+        for file in files:
+            (directory / file).parent.mkdir(parents=True, exist_ok=True)
+            (written / file).replace(directory / file)
+    for file in sorted(earlier - set(files)):
+        _remove(directory / file, directory)
     if push_to_hub:
         from moa.push import push_mixture
 
         push_mixture(model, repo_id or directory.name)
 
 
-def _check_destination(directory: Path) -> None:
-    if directory.is_file():
+def _earlier_files(directory: Path) -> set[str]:
+    """The files of the mixture that stands in `directory`; none in a new folder or after a router's training."""
+    if directory.exists() and not directory.is_dir():
         raise ValueError(f"cannot save the mixture to {directory}: it is a file, give a folder")
-    if directory.is_dir():
-        ours = (directory / CONFIG_NAME).is_file() or not any(directory.glob("adapter_*"))
-        if not ours:
-            raise ValueError(f"cannot save the mixture to {directory}: it holds another adapter, give a new folder")
+    if (directory / CONFIG_NAME).is_file():
+        return {*MoaConfig.from_json(directory / CONFIG_NAME).adapter_files(), ROUTER_NAME, CONFIG_NAME, CARD_NAME}
+    held = sorted(entry.name for entry in directory.iterdir()) if directory.is_dir() else []
+    for name in held:
+        if not TRAINING_LEFT.fullmatch(name):
+            raise ValueError(f"cannot save the mixture to {directory}: it holds {name!r}, give a new folder")
+    return set()
 
 
-def _replace(source: Path, target: Path) -> None:
-    if target.is_dir():
-        shutil.rmtree(target)
-    source.replace(target)
+def _check_free(directory: Path, files: set[str]) -> None:
+    for file in sorted(files):
+        if (directory / file).exists():
+            raise ValueError(
+                f"cannot save the mixture to {directory}: {file} there belongs to no earlier mixture, "
+                "give a new folder or move it away"
+            )
+
+
+def _remove(file: Path, root: Path) -> None:
+    file.unlink(missing_ok=True)
+    if file.parent != root and file.parent.is_dir() and not any(file.parent.iterdir()):
+        file.parent.rmdir()
 
 
 def write_mixture(model: MoaModel, directory: Path, **kwargs: Any) -> None:
-    """Write a new folder with everything that a mixture is; the caller moves it where it belongs."""
+    """Write a new folder with everything that a mixture is; the caller moves it where it belongs.
+
+    Raises:
+        ValueError: `safe_serialization=False` was asked for, which would write pickles.
+    """
+    if not kwargs.get("safe_serialization", True):
+        raise ValueError("a mixture is saved as safetensors only, never as pickles: leave safe_serialization out")
     if FALLBACK not in model.peft_config:
         model.set_fallback()
     kwargs.pop("selected_adapters", None)
     PeftModelForCausalLM.save_pretrained(model, str(directory), selected_adapters=[*model.experts, FALLBACK], **kwargs)
     config = model.moa_config
     config.versions = {package: version(package) for package in PACKAGES}
-    config.sha256 = {name: file_sha256(directory / name / WEIGHTS_FILE) for name in model.experts}
-    config.sha256[""] = file_sha256(directory / WEIGHTS_FILE)
+    config.sha256 = {file: file_sha256(directory / file) for file in config.adapter_files()}
     if model.moa_router is not None:
         state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.moa_router.state_dict().items()}
         save_file(state, directory / ROUTER_NAME)
@@ -92,17 +119,17 @@ def write_mixture(model: MoaModel, directory: Path, **kwargs: Any) -> None:
 def describe_mixture(model: MoaModel, directory: Path) -> None:
     """Write `moa_config.json` and the model card, also later, when there are scores to show."""
     (directory / CONFIG_NAME).write_text(model.moa_config.to_json())
-    (directory / "README.md").write_text(mixture_card(model.moa_config, expert_ranks(model)))
+    (directory / CARD_NAME).write_text(mixture_card(model.moa_config, expert_ranks(model)))
 
 
 def expert_ranks(model: MoaModel) -> dict[str, int]:
-    """Rank of each expert, for the card."""
-    return {name: model.peft_config[name].r for name in model.experts}
+    """Largest rank that each expert has in a layer, for the card."""
+    return {name: max(shape.r for shape in from_model(model, name).shapes.values()) for name in model.experts}
 
 
 def load_mixture(
     cls: type[MoaModel],
-    base: PreTrainedModel | str | None,
+    base: PreTrainedModel | str | Path | None,
     source: str | Path,
     *,
     check_base: bool = True,
@@ -112,12 +139,20 @@ def load_mixture(
     directory = _local_folder(source, **hub)
     config = MoaConfig.from_json(directory / CONFIG_NAME)
     _check_unchanged(directory, config)
+    if base is None or isinstance(base, str | Path):
+        base = load_base_model(config.base_model if base is None else str(base))
+    if check_base and config.base_model and not same_base(config.base_model, str(base.name_or_path)):
+        raise ValueError(
+            f"{source} is a mixture on {config.base_model!r}, this model is {str(base.name_or_path)!r}: "
+            "load it on its own base, or pass check_base=False if they share weights"
+        )
     model = cls.from_adapters(
-        load_base_model(config.base_model) if base is None else base,
+        base,
         {name: directory / name for name in config.experts},
         router_layer=config.router_layer,
-        check_base=check_base,
+        check_base=check_base and config.check_base,
     )
+    config.router_layer = model.moa_config.router_layer
     model.moa_config = config
     model.load_adapter(str(directory), FALLBACK)
     model.requires_grad_(False)
@@ -147,14 +182,15 @@ def _local_folder(source: str | Path, **hub: Any) -> Path:
 
 
 def _check_unchanged(directory: Path, config: MoaConfig) -> None:
-    for name, expected in config.sha256.items():
-        file = directory / name if name == ROUTER_NAME else directory / name / WEIGHTS_FILE
-        if not file.is_file():
-            raise ValueError(f"the mixture lacks {file}: the folder is incomplete, save or download it again")
-        if file_sha256(file) != expected:
+    for name in [*config.adapter_files(), *([ROUTER_NAME] if ROUTER_NAME in config.sha256 else [])]:
+        if name not in config.sha256:
+            raise ValueError(f"{directory / CONFIG_NAME} has no sha256 of {name}: save or download the mixture again")
+        if not (directory / name).is_file():
+            raise ValueError(f"the mixture lacks {directory / name}: it is incomplete, save or download it again")
+        if file_sha256(directory / name) != config.sha256[name]:
             raise ValueError(
-                f"{file} was changed after the mixture was saved (its sha256 differs from {CONFIG_NAME}): the router "
-                "and the scores belong to the old file, so fit the router again on the new adapters"
+                f"{directory / name} was changed after the mixture was saved (its sha256 differs from {CONFIG_NAME}): "
+                "the router and the scores belong to the old file, so fit the router again on the new adapters"
             )
 
 

@@ -6,7 +6,10 @@ from huggingface_hub import ModelCard
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from moa.card import fused_card, mixture_card
+from moa.config import Fallback, MoaConfig
 from moa.model import MoaModel
+from moa.push import main
 from moa.router import SequenceRouter
 
 IDS = torch.tensor([[3, 5, 9, 12], [4, 6, 10, 13]])
@@ -53,6 +56,74 @@ def test_the_card_lists_experts_method_weights_and_scores(model, tmp_path):
     for piece in ("| cats | 4 |", "| dogs | 2 |", "`svd`", "cats 0.333", "| router accuracy | 0.987 |"):
         assert piece in card.text
     assert "[None]" not in card.content
+
+
+def test_the_card_shows_the_largest_rank_of_an_expert(base_folder, make_adapter, tmp_path):
+    wide = make_adapter(tmp_path / "wide", r=4, rank_pattern={"v_proj": 7})
+    MoaModel.from_adapters(str(base_folder), {"wide": wide}).save_pretrained(tmp_path / "mixture")
+    assert "| wide | 7 |" in (tmp_path / "mixture" / "README.md").read_text()
+
+
+def card_of(base, form=None):
+    config = MoaConfig(
+        base,
+        ["cats"],
+        router_layer=1,
+        fallback=Fallback("svd", {"cats": 1.0}),
+        sha256={"cats/adapter_model.safetensors": "0" * 64},
+    )
+    return ModelCard(fused_card(config, {"cats": 4}, form) if form else mixture_card(config, {"cats": 4}))
+
+
+@pytest.mark.parametrize("form", [None, "adapter", "model"])
+def test_a_card_tells_no_path_of_this_machine(base_folder, form):
+    card = card_of(str(base_folder), form)
+    assert card.data.base_model is None and "tiny-llama" in card.text
+    assert str(base_folder.parent) not in card.content
+
+
+@pytest.mark.parametrize(
+    "base, named, loaded",
+    [
+        ("owner/model", "owner/model", 'AutoModelForCausalLM.from_pretrained("owner/model")'),
+        ("smollm2-135m", None, 'load_base_model("smollm2-135m")'),
+        ("/models/tiny", None, 'AutoModelForCausalLM.from_pretrained("FOLDER_OF_tiny")'),
+    ],
+)
+def test_a_card_loads_the_base_as_another_machine_can(base, named, loaded):
+    card = card_of(base)
+    assert card.data.base_model == named
+    assert f"base = {loaded}" in card.text and "AutoPeft" not in card.text
+
+
+def test_a_relative_folder_is_no_repository(tmp_path, monkeypatch):
+    (tmp_path / "models" / "tiny").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert card_of("models/tiny").data.base_model is None
+
+
+def test_the_command_pushes_a_new_merge_with_its_options(model, tmp_path, base_folder):
+    model.save_pretrained(tmp_path / "mixture")
+    merge = ["--method", "svd", "--weights", "1", "-1e-1", "0.5", "--scale", "0.8", "--rank", "3"]
+    main([str(tmp_path / "mixture"), "tester/command", "--fused", "adapter", *merge])
+    model.set_fallback("svd", weights=[1.0, -0.1, 0.5], scale=0.8, rank=3)
+    base = AutoModelForCausalLM.from_pretrained(base_folder)
+    stock = PeftModel.from_pretrained(base, "tester/command", cache_dir=tmp_path / "hub").eval()
+    with model.using("default"):
+        torch.testing.assert_close(logits(stock), logits(model), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["--metod", "svd"], "unknown option --metod; did you mean '--method'"),
+        (["--fuse", "adapter"], "unknown option --fuse; did you mean '--fused'"),
+        (["--scale", "2"], "--scale belongs to a new merge: name its --method too"),
+    ],
+)
+def test_the_command_refuses_what_it_cannot_use(refusal, hub, words, said):
+    assert said in refusal(main, ["outputs/moa", "tester/nothing", *words])
+    assert hub.log == []
 
 
 def test_the_fused_adapter_is_pushed_alone(model, base_folder, tmp_path):

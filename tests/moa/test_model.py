@@ -1,11 +1,17 @@
 """The mixture against one adapter at a time, through stock PEFT."""
 
+import json
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moa.model import MoaModel
+from moa.prefix import default_layer
 from moa.router import SequenceRouter
 from moa.routing import Routing
 
@@ -179,7 +185,7 @@ def test_a_cached_continuation_without_a_pinned_route_is_refused(routed, tokens)
 def test_weights_for_another_batch_are_refused(model, tokens):
     with (
         model.pinned(["cats", "dogs"]),
-        pytest.raises(ValueError, match="holds 2 sequences, this batch has 3"),
+        pytest.raises(ValueError, match="is for 2 sequences, this batch has 3"),
     ):
         model(**tokens)
 
@@ -196,18 +202,141 @@ def test_a_router_for_another_number_of_experts_is_refused(model):
         model.set_router(SequenceRouter(32, 4))
 
 
-@pytest.mark.parametrize("name", ["a.b", "a/b", "a b", "default", "type", "half"])
+@pytest.mark.parametrize(
+    "name",
+    ["a.b", "a/b", "a b", "default", "type", "half", "0", "layers", "mlp", "q_proj", "model", "weight", "lora_A"],
+)
 def test_a_name_that_peft_cannot_hold_is_refused(base_model, adapters, name):
     with pytest.raises(ValueError, match="name|called"):
         MoaModel.from_adapters(base_model, {name: adapters["cats"]})
 
 
-def test_an_adapter_of_another_base_model_is_refused(base_model, make_adapter, tmp_path):
-    import json
+@pytest.mark.parametrize("name", ["3", "q_proj", "base_layer", "default"])
+def test_a_merge_cannot_take_a_name_that_peft_would_mix_up(model, name):
+    with pytest.raises(ValueError, match="name"):
+        model.merge_adapters("average", into=name)
+    assert name not in model.peft_config
 
-    path = make_adapter(tmp_path / "foreign")
+
+def test_an_adapter_with_factors_that_are_not_finite_is_refused(base_model, adapters, tmp_path):
+    shutil.copytree(adapters["cats"], tmp_path / "diverged")
+    file = tmp_path / "diverged" / "adapter_model.safetensors"
+    factors = load_file(file)
+    factors[next(iter(factors))][0, 0] = float("inf")
+    save_file(factors, file)
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        MoaModel.from_adapters(base_model, {"diverged": tmp_path / "diverged"})
+
+
+def test_a_base_that_holds_adapters_already_is_refused(base_model, adapters):
+    MoaModel.from_adapters(base_model, adapters)
+    with pytest.raises(ValueError, match="holds adapters already: load a fresh one"):
+        MoaModel.from_adapters(base_model, adapters)
+
+
+def test_a_path_names_the_base_model_too(base_folder, adapters):
+    assert MoaModel.from_adapters(Path(base_folder), adapters).experts == ("cats", "dogs", "films")
+
+
+def test_with_adapters_disabled_the_base_model_answers(model, routed, tokens, base_folder):
+    base = AutoModelForCausalLM.from_pretrained(base_folder).eval()
+    expected = logits(base, tokens)
+    with model.pinned(["cats", "dogs", "films"]), model.disable_adapter():
+        torch.testing.assert_close(logits(model, tokens), expected)
+    with routed.disable_adapter():
+        torch.testing.assert_close(logits(routed, tokens), expected)
+        generated = routed.generate(**tokens, max_new_tokens=4, do_sample=False)
+    assert torch.equal(generated, base.generate(**tokens, max_new_tokens=4, do_sample=False))
+
+
+def test_disabled_adapters_need_no_router(model, tokens, base_folder):
+    base = AutoModelForCausalLM.from_pretrained(base_folder).eval()
+    with model.disable_adapter():
+        torch.testing.assert_close(logits(model, tokens), logits(base, tokens))
+
+
+def test_adapters_merged_into_the_base_are_not_added_twice(model, tokens):
+    model.merge_adapter()
+    with (
+        model.pinned(["cats", "dogs", "films"]),
+        pytest.raises(ValueError, match="merged cats into the base weights.*unmerge_adapter"),
+    ):
+        model(**tokens)
+
+
+def test_adapter_names_pin_one_expert_a_sequence(model, tokens, base_folder, adapters):
+    names = ["films", "cats", "dogs"]
+    with torch.no_grad():
+        mixed = model(**tokens, adapter_names=names).logits
+    generated = model.generate(**tokens, adapter_names=names, min_new_tokens=4, max_new_tokens=4, do_sample=False)
+    for row, name in enumerate(names):
+        alone = stock(base_folder, adapters[name])
+        one = {key: value[row : row + 1] for key, value in tokens.items()}
+        torch.testing.assert_close(mixed[row : row + 1], logits(alone, one), rtol=1e-4, atol=1e-4)
+        expected = alone.generate(**one, min_new_tokens=4, max_new_tokens=4, do_sample=False)
+        assert torch.equal(generated[row : row + 1], expected)
+
+
+def test_the_base_cannot_be_one_of_the_adapter_names(model, tokens):
+    with pytest.raises(ValueError, match="cannot hold '__base__'.*using_base"):
+        model(**tokens, adapter_names=["cats", "__base__", "dogs"])
+
+
+def test_adapter_names_are_for_inference(model, tokens):
+    with pytest.raises(ValueError, match="for inference"):
+        model.train()(**tokens, adapter_names=["cats", "dogs", "films"])
+
+
+@pytest.mark.parametrize("names", [[], "cats", ""])
+def test_experts_are_pinned_by_a_list_of_names(model, names):
+    with pytest.raises(ValueError, match="list with one name a sequence"), model.pinned(names):
+        pass
+
+
+def test_one_name_is_for_one_sequence_and_one_row_of_weights_for_all(model, tokens):
+    with model.pinned(["cats"]), pytest.raises(ValueError, match="is for 1 sequence, this batch has 3"):
+        model(**tokens)
+    with model.using("cats"):
+        expected = logits(model, tokens)
+    with model.pinned(Routing(torch.tensor([[1.0, 0.0, 0.0]]))):
+        torch.testing.assert_close(logits(model, tokens), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_beams_follow_a_pinned_name(model, tokens, base_folder, adapters):
+    options = {"num_beams": 3, "min_new_tokens": 4, "max_new_tokens": 4, "do_sample": False}
+    one = {key: value[:1] for key, value in tokens.items()}
+    with model.pinned(["dogs"]):
+        generated = model.generate(**one, **options)
+    assert torch.equal(generated, stock(base_folder, adapters["dogs"]).generate(**one, **options))
+
+
+def test_a_shallow_model_has_a_layer_to_read(base):
+    assert default_layer(base) == 1
+
+
+def other_base(adapter, path):
+    """A copy of an adapter whose config names another base model."""
+    shutil.copytree(adapter, path)
     config = json.loads((path / "adapter_config.json").read_text())
     (path / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "other/model"}))
+    return path
+
+
+def test_adapters_of_two_bases_that_were_accepted_can_be_merged(base_model, adapters, tmp_path):
+    experts = {"cats": adapters["cats"], "foreign": other_base(adapters["dogs"], tmp_path / "foreign")}
+    mixture = MoaModel.from_adapters(base_model, experts, check_base=False)
+    assert mixture.set_fallback("average").report.weights == pytest.approx({"cats": 0.5, "foreign": 0.5})
+
+
+def test_an_unknown_method_leaves_the_fallback_there(model):
+    model.set_fallback("average")
+    with pytest.raises(ValueError, match="svdd"):
+        model.set_fallback("svdd")
+    assert "default" in model.peft_config
+
+
+def test_an_adapter_of_another_base_model_is_refused(base_model, make_adapter, tmp_path):
+    path = other_base(make_adapter(tmp_path / "own"), tmp_path / "foreign")
     with pytest.raises(ValueError, match="was trained on 'other/model'"):
         MoaModel.from_adapters(base_model, {"foreign": path})
     assert MoaModel.from_adapters(base_model, {"foreign": path}, check_base=False).experts == ("foreign",)

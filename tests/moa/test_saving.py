@@ -1,5 +1,6 @@
 """One folder with three readers; what was changed afterwards is found."""
 
+import hashlib
 import json
 import shutil
 
@@ -25,6 +26,11 @@ def model(base_folder, adapters):
     model.set_router(router)
     model.moa_config.scores["router accuracy"] = 0.5
     return model
+
+
+def edit(file, **changes):
+    """Change values of a JSON file."""
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
 
 
 @pytest.fixture
@@ -91,9 +97,68 @@ def test_saving_over_a_mixture_replaces_it(model, saved):
 
 def test_a_folder_with_another_adapter_is_not_overwritten(model, adapters, tmp_path):
     shutil.copytree(adapters["cats"], tmp_path / "mine")
-    with pytest.raises(ValueError, match="holds another adapter, give a new folder"):
+    with pytest.raises(ValueError, match="it holds 'README.md', give a new folder"):
         model.save_pretrained(tmp_path / "mine")
     assert not (tmp_path / "mine" / "moa_config.json").exists()
+
+
+def test_a_folder_with_other_things_is_left_as_it_is(model, tmp_path):
+    (tmp_path / "cats" / "checkpoint-9").mkdir(parents=True)
+    (tmp_path / "cats" / "precious.txt").write_text("mine")
+    with pytest.raises(ValueError, match="it holds 'cats', give a new folder"):
+        model.save_pretrained(tmp_path)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["cats", "checkpoint-9", "precious.txt"]
+
+
+def test_what_a_training_left_stays_beside_the_mixture(model, tmp_path):
+    (tmp_path / "checkpoint-20").mkdir()
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "moa_training.json").write_text("{}")
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "checkpoint-20").is_dir() and (tmp_path / "runs").is_dir()
+    assert (tmp_path / "moa_training.json").read_text() == "{}"
+    assert MoaModel.from_pretrained(None, tmp_path).experts == model.experts
+
+
+def test_saving_over_a_mixture_removes_the_experts_that_are_gone(saved, base_folder, adapters):
+    (saved / "dogs" / "notes.txt").write_text("mine")
+    fewer = MoaModel.from_adapters(str(base_folder), {"cats": adapters["cats"]})
+    fewer.save_pretrained(saved)
+    assert not (saved / "films").exists() and not (saved / "moa_router.safetensors").exists()
+    assert [file.name for file in (saved / "dogs").iterdir()] == ["notes.txt"]
+    assert MoaModel.from_pretrained(None, saved).experts == ("cats",)
+
+
+def test_a_file_that_the_earlier_mixture_did_not_write_is_not_replaced(model, base_folder, adapters, tmp_path):
+    MoaModel.from_adapters(str(base_folder), {"cats": adapters["cats"]}).save_pretrained(tmp_path / "mixture")
+    shutil.copytree(adapters["films"], tmp_path / "mixture" / "dogs")
+    with pytest.raises(ValueError, match=r"dogs/adapter_config.json there belongs to no earlier mixture"):
+        model.save_pretrained(tmp_path / "mixture")
+    assert MoaModel.from_pretrained(None, tmp_path / "mixture").experts == ("cats",)
+
+
+def test_a_mixture_is_not_saved_as_pickles(model, tmp_path):
+    with pytest.raises(ValueError, match="safetensors only"):
+        model.save_pretrained(tmp_path / "mixture", safe_serialization=False)
+    assert list(tmp_path.glob("*mixture*")) == []
+
+
+def test_adapters_of_another_base_that_were_accepted_are_saved_and_loaded(base_folder, adapters, tmp_path):
+    experts = {name: tmp_path / name for name in ("cats", "dogs")}
+    for name, path in experts.items():
+        shutil.copytree(adapters[name], path)
+    edit(experts["dogs"] / "adapter_config.json", base_model_name_or_path="other/model")
+    MoaModel.from_adapters(base_folder, experts, check_base=False).save_pretrained(tmp_path / "mixture")
+    loaded = MoaModel.from_pretrained(base_folder, tmp_path / "mixture")
+    assert loaded.experts == ("cats", "dogs") and not loaded.moa_config.check_base
+
+
+def test_a_mixture_on_another_base_is_refused(saved, base_folder, tmp_path):
+    shutil.copytree(base_folder, tmp_path / "another")
+    edit(tmp_path / "another" / "config.json", rms_norm_eps=1e-3)
+    with pytest.raises(ValueError, match="is a mixture on .*tiny-llama.*check_base=False"):
+        MoaModel.from_pretrained(tmp_path / "another", saved)
+    assert MoaModel.from_pretrained(tmp_path / "another", saved, check_base=False).experts
 
 
 def test_a_failed_save_leaves_nothing_behind(model, tmp_path, monkeypatch):
@@ -110,7 +175,34 @@ def test_an_adapter_that_was_changed_afterwards_is_refused(saved):
         MoaModel.from_pretrained(None, saved)
 
 
-@pytest.mark.parametrize("gone", ["cats/adapter_model.safetensors", "moa_router.safetensors"])
+@pytest.mark.parametrize("folder", ["dogs", "."])
+def test_a_config_that_was_changed_afterwards_is_refused(saved, folder):
+    edit(saved / folder / "adapter_config.json", lora_alpha=64)
+    with pytest.raises(ValueError, match=r"adapter_config.json was changed after the mixture was saved"):
+        MoaModel.from_pretrained(None, saved)
+
+
+def test_the_checksums_are_those_of_the_files(model, saved):
+    written = json.loads((saved / "moa_config.json").read_text())["sha256"]
+    files = [path for path in saved.rglob("*") if path.name.startswith(("adapter_", "moa_router"))]
+    assert written == {str(path.relative_to(saved)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    assert len(files) == 9
+    weights, config = (saved / "dogs" / name for name in ("adapter_model.safetensors", "adapter_config.json"))
+    expected = " ".join(hashlib.sha256(file.read_bytes()).hexdigest() for file in (weights, config))
+    assert model.moa_config.expert_sha256("dogs") == expected
+
+
+@pytest.mark.parametrize("file", ["adapter_config.json", "cats/adapter_model.safetensors"])
+def test_a_file_without_a_checksum_is_refused(saved, file):
+    sha256 = json.loads((saved / "moa_config.json").read_text())["sha256"]
+    edit(saved / "moa_config.json", sha256={name: digest for name, digest in sha256.items() if name != file})
+    with pytest.raises(ValueError, match=f"has no sha256 of {file}"):
+        MoaModel.from_pretrained(None, saved)
+
+
+@pytest.mark.parametrize(
+    "gone", ["cats/adapter_model.safetensors", "cats/adapter_config.json", "moa_router.safetensors"]
+)
 def test_an_incomplete_folder_is_refused(saved, gone):
     (saved / gone).unlink()
     with pytest.raises(ValueError, match="incomplete"):
@@ -123,10 +215,35 @@ def test_a_plain_adapter_is_no_mixture(adapters):
 
 
 def test_an_unknown_key_in_the_config_is_named(saved):
-    config = json.loads((saved / "moa_config.json").read_text())
-    (saved / "moa_config.json").write_text(json.dumps({**config, "routingg": "hard"}))
+    edit(saved / "moa_config.json", routingg="hard")
     with pytest.raises(ValueError, match="unknown key 'routingg'.*did you mean 'routing'"):
         MoaModel.from_pretrained(None, saved)
+
+
+def test_an_unknown_key_of_the_fallback_is_named(saved):
+    edit(saved / "moa_config.json", fallback={"method": "svd", "weights": {}, "scal": 2})
+    with pytest.raises(ValueError, match="fallback has the unknown key 'scal'.*did you mean 'scale'"):
+        MoaModel.from_pretrained(None, saved)
+
+
+@pytest.mark.parametrize("content, said", [("[]", "must be a JSON object, got a list"), ("{", "not valid JSON")])
+def test_a_config_that_is_no_object_is_refused(saved, content, said):
+    (saved / "moa_config.json").write_text(content)
+    with pytest.raises(ValueError, match=said):
+        MoaModel.from_pretrained(None, saved)
+
+
+def test_a_config_cannot_name_experts_outside_its_folder(saved):
+    edit(saved / "moa_config.json", experts=["../cats", "dogs", "films"])
+    with pytest.raises(ValueError, match="expert name '../cats' is not usable"):
+        MoaModel.from_pretrained(None, saved)
+
+
+def test_a_router_layer_of_null_is_a_quarter_of_the_depth(saved):
+    edit(saved / "moa_config.json", router_layer=None)
+    loaded = MoaModel.from_pretrained(None, saved)
+    assert loaded.moa_config.router_layer == 1
+    assert loaded.route(IDS).weights.shape == (2, 3)
 
 
 def test_a_repository_that_cannot_be_reached_is_one_sentence():
