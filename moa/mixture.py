@@ -100,7 +100,7 @@ class GatedLayer(nn.Module):
         stack = self.current_stack()
         if stack is None:  # no expert adapts this layer
             return result
-        return result + gated_low_rank(x, stack, self.route.weights).to(result.dtype)
+        return (result + gated_low_rank(x, stack, self.route.weights)).to(result.dtype)  # rounded once, as PEFT does
 
     def current_stack(self) -> Stack | None:
         """The experts' stacked factors, rebuilt when an adapter was loaded, moved or trained since the last time."""

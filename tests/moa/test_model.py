@@ -340,3 +340,13 @@ def test_an_adapter_of_another_base_model_is_refused(base_model, make_adapter, t
     with pytest.raises(ValueError, match="was trained on 'other/model'"):
         MoaModel.from_adapters(base_model, {"foreign": path})
     assert MoaModel.from_adapters(base_model, {"foreign": path}, check_base=False).experts == ("foreign",)
+
+
+def test_a_mixed_batch_in_bf16_equals_each_adapter_alone_to_the_bit(base_folder, adapters, tokens):
+    base = AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.bfloat16)
+    model = MoaModel.from_adapters(base, adapters)
+    with model.pinned(["films", "cats", "dogs"]):
+        mixed = logits(model, tokens)
+    for row, name in enumerate(["films", "cats", "dogs"]):
+        with model.using(name):
+            assert torch.equal(mixed[row], logits(model, tokens)[row])
