@@ -20,13 +20,8 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from peft.tuners.lora import LoraLayer
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-from moa.adapters import check_name
-
-PEFT_KEYS = {"base_model", "model", "base_layer", "weight", "bias", "lora_dropout", *LoraLayer.adapter_layer_names}
 
 
 @dataclass
@@ -150,30 +145,6 @@ def install(model: nn.Module, route: RouteState) -> None:
         module.__class__ = type(f"Gated{kind.__name__}", (GatedLayer, kind), {"__module__": __name__})
         module.route = route
         module.stack = None
-
-
-def check_fresh(base: nn.Module) -> None:
-    """Refuse a base model that holds adapters: two mixtures would share, and spoil, each other's layers."""
-    if any(isinstance(module, BaseTunerLayer) for module in base.modules()):
-        raise ValueError("this base model holds adapters already: load a fresh one for each mixture")
-
-
-def check_adapter_name(base: nn.Module, name: str) -> None:
-    """Refuse a name that PEFT would confuse with a part of the model.
-
-    PEFT saves one adapter by dropping each key that has another adapter's name between two dots, so that an adapter
-    called "0" or "q_proj" would take the factors of a layer, or of all layers, out of the others' files.
-
-    Raises:
-        ValueError: a name that PEFT cannot hold, or that is part of a module's path or of PEFT's own keys.
-    """
-    check_name(name)
-    parts = {part for key in base.state_dict() for part in key.split(".")}
-    if name in parts or name in PEFT_KEYS:
-        raise ValueError(
-            f"an adapter cannot be called {name!r}, which is part of the model's own parameter names, because PEFT "
-            "would mix them up when it saves: choose another name"
-        )
 
 
 def _check_plain(name: str, module: LoraLayer) -> None:

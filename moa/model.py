@@ -17,15 +17,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, Int
-from peft import PeftConfig, PeftModelForCausalLM
+from peft import PeftModelForCausalLM
 from peft.helpers import rescale_adapter_scale
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
-from moa.adapters import Adapter, add_to_model, from_model, read_adapter
-from moa.base_model import load_base_model, portable_name, same_base
+from moa.adapters import add_to_model, from_model
+from moa.assembly import assemble, check_adapter_name
+from moa.base_model import load_base_model, portable_name
 from moa.config import FALLBACK, Fallback, MoaConfig
-from moa.mixture import RouteState, check_adapter_name, check_fresh, install
+from moa.mixture import RouteState, install
 from moa.prefix import default_layer, prompt_features
 from moa.router import SequenceRouter
 from moa.routing import Routing, RoutingMode, route_logits, route_names
@@ -75,29 +76,19 @@ class MoaModel(PeftModelForCausalLM):
             ValueError: no adapters, a name that PEFT cannot hold, adapters of different base models, a base that
                 holds adapters already, or an adapter that is not plain LoRA on linear layers with finite factors.
         """
-        if not adapters:
-            raise ValueError("a mixture needs at least one adapter: got none")
-        if FALLBACK in adapters:
-            raise ValueError(f"an expert cannot be called {FALLBACK!r}, the fallback's name: choose another")
-        read = {name: _read_finite(path, name) for name, path in adapters.items()}
         if isinstance(base, str | Path):
             base = load_base_model(str(base))
-        check_fresh(base)
-        for name in adapters:
-            check_adapter_name(base, name)
-        if check_base:
-            _check_base(base, list(read.values()))
-        model = _load_experts(cls, base, read)
+        model = assemble(cls, base, adapters, check_base=check_base)
         model.moa_config = MoaConfig(
             base_model=portable_name(base),
-            experts=list(read),
+            experts=list(adapters),
             router_layer=default_layer(base) if router_layer is None else router_layer,
             routing=routing,
             top_k=top_k,
             check_base=check_base,
         )
         model.moa_router = None
-        model.route_state = RouteState(experts=tuple(read))
+        model.route_state = RouteState(experts=tuple(adapters))
         install(model, model.route_state)
         model.requires_grad_(False)
         return model.eval()
@@ -397,32 +388,3 @@ class MoaModel(PeftModelForCausalLM):
 def _rows_of_a_prompt(config: GenerationConfig, asked: Mapping[str, Any]) -> int:
     """How many rows of a batch `generate` makes of one prompt: its beams, or the sequences to return."""
     return max(asked.get(name) or getattr(config, name, None) or 1 for name in ("num_beams", "num_return_sequences"))
-
-
-def _read_finite(path: str | Path, name: str) -> Adapter:
-    """Read an adapter and look at every factor once, for PEFT loads NaN without a word."""
-    adapter = read_adapter(path, name)
-    for module in adapter.modules:
-        adapter.modules[module]
-    return adapter
-
-
-def _check_base(base: PreTrainedModel, adapters: Sequence[Adapter]) -> None:
-    ours = str(base.name_or_path)
-    for adapter in adapters:
-        if adapter.base_model is not None and not same_base(adapter.base_model, ours):
-            raise ValueError(
-                f"adapter {adapter.name!r} was trained on {adapter.base_model!r}, this model is {ours!r}: "
-                "load it on its own base, or pass check_base=False if they share weights"
-            )
-
-
-def _load_experts(cls: type[MoaModel], base: PreTrainedModel, adapters: Mapping[str, Adapter]) -> MoaModel:
-    model = None
-    for name, adapter in adapters.items():
-        if model is None:
-            config = PeftConfig.from_pretrained(adapter.path)
-            config.inference_mode = True
-            model = cls(base, config, adapter_name=name)
-        model.load_adapter(adapter.path, name)
-    return model

@@ -1,0 +1,90 @@
+"""Experts onto a base model: everything is checked before anything is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from peft import PeftConfig, PeftModelForCausalLM
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from transformers import PreTrainedModel
+
+from moa.adapters import Adapter, check_name, read_adapter
+from moa.base_model import same_base
+from moa.config import FALLBACK
+
+PEFT_KEYS = {"base_model", "model", "base_layer", "weight", "bias", "lora_dropout", *LoraLayer.adapter_layer_names}
+
+
+def assemble(
+    cls: type[PeftModelForCausalLM], base: PreTrainedModel, adapters: Mapping[str, str | Path], *, check_base: bool
+) -> PeftModelForCausalLM:
+    """A `cls` of this base model that holds the adapters by their names; see `MoaModel.from_adapters`."""
+    if not adapters:
+        raise ValueError("a mixture needs at least one adapter: got none")
+    if FALLBACK in adapters:
+        raise ValueError(f"an expert cannot be called {FALLBACK!r}, the fallback's name: choose another")
+    read = {name: _read_finite(path, name) for name, path in adapters.items()}
+    check_fresh(base)
+    for name in adapters:
+        check_adapter_name(base, name)
+    if check_base:
+        _check_base(base, read.values())
+    return _load(cls, base, read)
+
+
+def check_fresh(base: nn.Module) -> None:
+    """Refuse a base model that holds adapters: two mixtures would share, and spoil, each other's layers."""
+    if any(isinstance(module, BaseTunerLayer) for module in base.modules()):
+        raise ValueError("this base model holds adapters already: load a fresh one for each mixture")
+
+
+def check_adapter_name(base: nn.Module, name: str) -> None:
+    """Refuse a name that PEFT would confuse with a part of the model.
+
+    PEFT saves one adapter by dropping each key that has another adapter's name between two dots, so that an adapter
+    called "0" or "q_proj" would take the factors of a layer, or of all layers, out of the others' files.
+
+    Raises:
+        ValueError: a name that PEFT cannot hold, or that is part of a module's path or of PEFT's own keys.
+    """
+    check_name(name)
+    parts = {part for key in base.state_dict() for part in key.split(".")}
+    if name in parts or name in PEFT_KEYS:
+        raise ValueError(
+            f"an adapter cannot be called {name!r}, which is part of the model's own parameter names, because PEFT "
+            "would mix them up when it saves: choose another name"
+        )
+
+
+def _read_finite(path: str | Path, name: str) -> Adapter:
+    """Read an adapter and look at every factor once, for PEFT loads NaN without a word."""
+    adapter = read_adapter(path, name)
+    for module in adapter.modules:
+        adapter.modules[module]
+    return adapter
+
+
+def _check_base(base: PreTrainedModel, adapters: Iterable[Adapter]) -> None:
+    ours = str(base.name_or_path)
+    for adapter in adapters:
+        if adapter.base_model is not None and not same_base(adapter.base_model, ours):
+            raise ValueError(
+                f"adapter {adapter.name!r} was trained on {adapter.base_model!r}, this model is {ours!r}: "
+                "load it on its own base, or pass check_base=False if they share weights"
+            )
+
+
+def _load(
+    cls: type[PeftModelForCausalLM], base: PreTrainedModel, adapters: Mapping[str, Adapter]
+) -> PeftModelForCausalLM:
+    model = None
+    for name, adapter in adapters.items():
+        if model is None:
+            config = PeftConfig.from_pretrained(adapter.path)
+            config.inference_mode = True
+            model = cls(base, config, adapter_name=name)
+        model.load_adapter(adapter.path, name)
+    return model
