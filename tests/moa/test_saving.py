@@ -255,5 +255,6 @@ def test_a_mixture_without_a_router_can_be_saved_and_loaded(base_folder, adapter
     MoaModel.from_adapters(str(base_folder), adapters).save_pretrained(tmp_path / "bare")
     loaded = MoaModel.from_pretrained(None, tmp_path / "bare")
     assert loaded.moa_router is None
+    assert "without a router yet" in (tmp_path / "bare" / "README.md").read_text()
     with loaded.pinned(["cats", "dogs"]):
         assert logits(loaded).isfinite().all()
