@@ -13,6 +13,7 @@ the acceptable answers of an example as a list, `references=[["Paris", "in Paris
 | bleu | bleu, chrf | bleu |
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from statistics import fmean
 from typing import Any
@@ -34,7 +35,7 @@ LABELS = Features({"predictions": Value("int64"), "references": Value("int64")})
 TEXTS = Features({"predictions": Value("string"), "references": ListOf(Value("string"))})
 
 
-class TaskMetric(evaluate.Metric):
+class TaskMetric(evaluate.Metric, ABC):
     """A metric that also knows its headline, its settings and the headline score of a single example."""
 
     headline: str
@@ -50,9 +51,9 @@ class TaskMetric(evaluate.Metric):
             features=self.features,
         )
 
+    @abstractmethod
     def per_example(self, predictions: Sequence[Any], references: Sequence[Any]) -> list[float]:
         """The headline score of each example, 0 to 100."""
-        raise NotImplementedError
 
     def settings(self, references: Sequence[Any]) -> str:
         """How the numbers were made, to be stored beside them."""

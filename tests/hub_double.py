@@ -1,4 +1,4 @@
-"""A double of the Hugging Face Hub over HTTP on this machine, from the standard library alone.
+"""A double of the Hugging Face Hub over HTTP on this machine, from the standard library and PyYAML.
 
 It answers what huggingface_hub, transformers and peft ask for when they create a repository, push to it and read it
 back, so that `push_to_hub` and `from_pretrained` run for real against HF_ENDPOINT instead of being mocked.
@@ -24,6 +24,8 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
+
+import yaml
 
 LFS_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".parquet", ".arrow", ".zip", ".model")
 TYPES = {"models": "model", "datasets": "dataset", "spaces": "space"}
@@ -312,12 +314,7 @@ class Handler(BaseHTTPRequestHandler):
         if "README.md" in tree and (
             m := re.match(r"---\n(.*?)\n---", self.store.get(tree["README.md"]["sha"]).decode(), re.S)
         ):
-            try:
-                import yaml
-
-                card = yaml.safe_load(m[1]) or {}
-            except Exception:
-                pass
+            card = yaml.safe_load(m[1]) or {}
         self.reply(
             200,
             {

@@ -78,7 +78,8 @@ def _download(path: str, name: str | None, split: str, revision: str | None) -> 
 
     try:
         return datasets.load_dataset(path, name, split=split, revision=revision)
-    except Exception as error:  # each layer below (datasets, huggingface_hub, httpx) raises its own kind
+    # no network or no file, an unknown name or split, a data set that needs a script, a broken build of it
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else "no reason given"
         raise FileNotFoundError(
             f"cannot get the data set {path!r} from the Hub ({type(error).__name__}: {reason}): "
