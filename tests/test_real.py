@@ -17,14 +17,19 @@ def home(tmp_path_factory):
     return tmp_path_factory.mktemp("real")
 
 
-@pytest.fixture(autouse=True)
-def cache(home, monkeypatch):
-    """One conversion of the model for all of these tests; as many threads as the machine has."""
-    monkeypatch.setenv("MOA_CACHE", str(home / "cache"))
-    threads = torch.get_num_threads()
+@pytest.fixture(autouse=True, scope="module")
+def threads():
+    """As many threads as the machine has."""
+    before = torch.get_num_threads()
     torch.set_num_threads(os.cpu_count())
     yield
-    torch.set_num_threads(threads)
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def cache(home, monkeypatch):
+    """One conversion of the model for all of these tests."""
+    monkeypatch.setenv("MOA_CACHE", str(home / "cache"))
 
 
 def train_and_compare(home, name, tasks, source, steps):
@@ -55,8 +60,16 @@ def train_and_compare(home, name, tasks, source, steps):
     return folder, {(cell["system"], cell["task"]): cell for cell in results["cells"]}, results["router"]
 
 
-def test_pocket_tasks_are_learned_and_routed(home):
-    folder, cells, router = train_and_compare(home, "pocket", ("sst2", "squad"), ("--source", "pocket"), steps=25)
+@pytest.fixture(scope="module")
+def pocket(home):
+    """Two pocket tasks, learned, routed and compared once for all tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MOA_CACHE", str(home / "cache"))
+        return train_and_compare(home, "pocket", ("sst2", "squad"), ("--source", "pocket"), steps=25)
+
+
+def test_pocket_tasks_are_learned_and_routed(pocket):
+    _, cells, router = pocket
     assert router["accuracy"] > 0.98
     for task in ("sst2", "squad"):
         assert cells[f"lora:{task}", task]["nll"] < 0.3 * cells["base", task]["nll"]
@@ -69,19 +82,17 @@ def test_pocket_tasks_are_learned_and_routed(home):
 )
 def test_real_rows_lower_the_likelihood_of_their_answers(home):
     source = ("--data_dir", str(ROWS))
-    folder, cells, router = train_and_compare(home, "rows", ("sst2", "multi30k"), source, steps=12)
+    _, cells, router = train_and_compare(home, "rows", ("sst2", "multi30k"), source, steps=12)
     assert router["accuracy"] > 0.95
     for task in ("sst2", "multi30k"):
         assert cells[f"lora:{task}", task]["nll"] < 0.9 * cells["base", task]["nll"]
 
 
-def test_stock_peft_reads_what_the_real_model_saved(home):
+def test_stock_peft_reads_what_the_real_model_saved(pocket):
     from moa.base_model import load_base_model, load_tokenizer
     from moa.model import MoaModel
 
-    folder = home / "pocket" / "moa"
-    if not folder.is_dir():
-        pytest.skip("made by the first test of this file")
+    folder = pocket[0] / "moa"
     model = MoaModel.from_pretrained(None, folder)
     batch = load_tokenizer("smollm2-135m")(["Sentiment: positive or negative?"], return_tensors="pt")
     for name in ("sst2", "default"):
