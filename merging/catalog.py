@@ -7,7 +7,7 @@ import json
 from typing import Any, Literal, get_args, get_origin
 
 from moa.errors import OneLineParser
-from moa.merging.registry import LAWS, MergeMethod, methods
+from moa.merging.registry import LAWS, MergeMethod, methods, optional
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -30,7 +30,9 @@ def facts(method: MergeMethod) -> dict[str, Any]:
     return {
         "name": method.name,
         "summary": method.summary,
+        "aliases": list(method.aliases),
         "paper": method.paper,
+        "needs": list(method.needs),
         "takes_rank": "rank" in method.parameters,
         "degree_in_weights": method.degree,
         "breaks": dict(method.breaks),
@@ -64,6 +66,10 @@ Where a method does not obey a law, its section says why.
 def _section(method: MergeMethod) -> str:
     text = method.doc.split("\n\nArgs:")[0].split("\n\nRaises:")[0]
     lines = ["", f"## {method.name}", "", text, ""]
+    if method.aliases:
+        lines.append(f"Also known as {', '.join(f'`{alias}`' for alias in method.aliases)}.")
+    if method.needs:
+        lines.append(f"Needs {' and '.join(method.needs)}.")
     if method.paper:
         lines.append(f"Paper: <{method.paper}>.")
     lines.append(f"Degree in the weights: {method.degree}. Takes a rank: {_yes('rank' in method.parameters)}.")
@@ -95,7 +101,9 @@ def _print_table() -> None:
 
 
 def _values(annotation: Any) -> str:
-    return ", ".join(map(str, get_args(annotation))) if get_origin(annotation) is Literal else annotation.__name__
+    annotation, may_be_none = optional(annotation)
+    values = [*map(str, get_args(annotation))] if get_origin(annotation) is Literal else [annotation.__name__]
+    return ", ".join(values + ["none"] * may_be_none)
 
 
 def _yes(value: bool) -> str:

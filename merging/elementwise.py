@@ -14,19 +14,22 @@ from jaxtyping import Float
 from torch import Tensor
 
 from moa.low_rank import NUMERICAL_RANK_TOLERANCE, LowRank, core
+from moa.merging.entrywise import agreeing_sum, check_density, elected_sign
 from moa.merging.registry import Merged, merge_method
 
 BLOCK_ENTRIES = 4_000_000
 """Entries of all updates together that are dense at one time: 16 MB a copy."""
-CANCELLED = 1e-6
-"""A sum smaller than this share of its terms' sizes is zero but for rounding, and has no sign."""
 
 
 @merge_method(
     "ties",
     paper="https://arxiv.org/abs/2306.01708",
     degree=0,
-    breaks={"identity": "it trims: one adapter comes back without its small entries (all of it at density=1)"},
+    breaks={
+        "identity": "it trims: one adapter comes back without its small entries (all of it at density=1)",
+        "rotation": "it acts on entries, which a rotation mixes",
+        "span": "it acts on entries, which leaves the span of the adapters",
+    },
 )
 def ties(
     updates: Sequence[LowRank],
@@ -65,24 +68,12 @@ def ties(
     return recompressed(merged, rank or spanned_rank(updates), seed)
 
 
-def elected_sign(votes: Float[Tensor, "n b i"]) -> Float[Tensor, "b i"]:
-    """The sign of the sum over adapters for each entry, 0 where the votes cancel."""
-    total = votes.sum(dim=0)
-    return total.sign() * (total.abs() > CANCELLED * votes.abs().sum(dim=0))
-
-
-def agreeing_sum(votes: Float[Tensor, "n b i"], sign: Float[Tensor, "b i"]) -> Float[Tensor, "b i"]:
-    """The sum over the adapters whose entry has the elected sign."""
-    return torch.where(votes.sign() == sign, votes, 0.0).sum(dim=0)
-
-
 def trimmed_rows(updates: Sequence[LowRank], density: float) -> Iterator[tuple[slice, Float[Tensor, "n b i"]]]:
     """Rows of the dense updates, each update cut to its floor(density * o * i) largest entries.
 
     Exact over the whole layer: entries that tie at the threshold are kept in the order of rows and columns.
     """
-    if not 0 < density <= 1:
-        raise ValueError(f"density is the share of entries to keep and must be in (0, 1], got {density}")
+    check_density(density)
     trims = [Trim.of(update, density, _rows_at_once(updates)) for update in updates]
     ties_left = [trim.ties for trim in trims]
     for rows, deltas in dense_rows(updates, _rows_at_once(updates)):

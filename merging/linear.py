@@ -14,7 +14,7 @@ from moa.low_rank import LowRank, stack
 from moa.merging.registry import Merged, merge_method
 
 
-@merge_method("concatenation")
+@merge_method("concatenation", aliases=["cat"])
 def concatenation(updates: Sequence[LowRank], weights: Float[Tensor, " n"]) -> Merged:
     """The exact weighted sum, all factors side by side: the rank is the sum of the ranks.
 
@@ -28,7 +28,7 @@ def concatenation(updates: Sequence[LowRank], weights: Float[Tensor, " n"]) -> M
     return Merged(whole)
 
 
-@merge_method("weighted_sum", paper="https://arxiv.org/abs/2212.04089")
+@merge_method("weighted_sum", paper="https://arxiv.org/abs/2212.04089", aliases=["task_arithmetic"])
 def weighted_sum(updates: Sequence[LowRank], weights: Float[Tensor, " n"], *, rank: int | None = None) -> Merged:
     """The weighted sum of the updates (task arithmetic), stored at its numerical rank.
 

@@ -7,16 +7,17 @@ A method is one function on the updates of one layer:
 
 `updates` are `LowRank`, float64; an adapter without this layer is there as an update of rank 0, and adapters
 of weight 0 are not there at all. Keyword-only parameters are the method's options, described in the
-docstring's Args. Two of them are no options but given to a method that has them: `rank`, what the user wants
-or None, and `seed`, a number of this layer's own. The decorator returns the function unchanged.
+docstring's Args, except for those in `GIVEN`: a method that has one of these is given it. The decorator
+returns the function unchanged.
 """
 
 import inspect
 import re
-from collections.abc import Callable, Mapping
+import types
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, Union, get_args, get_origin
 
 from moa.errors import nearest
 from moa.low_rank import LowRank
@@ -31,8 +32,20 @@ LAWS = {
     "zero_adapter": "an adapter that changes nothing has no influence",
     "duplicates": "an adapter given twice, with half its weight each time, counts once",
     "sign": "negated adapters give the negated result",
+    "rotation": "turning the layer's inputs and outputs turns the result",
+    "span": "the result writes and reads no direction that no adapter writes or reads",
 }
-GIVEN = ("rank", "seed")
+GIVEN = {
+    "rank": "the rank that the user wants, or None",
+    "seed": "a number of this layer's own",
+    "seeds": "a number for each adapter, of this layer's and that adapter's own",
+    "module": "the layer's name",
+    "layers": "all layers of the merge, a `Layers`, for what is decided over the whole model",
+    "statistics": "what each adapter's data looks like at this layer, a `LayerStatistics` each",
+    "objective": "an `Objective` that judges weights by examples, for what is searched or learned",
+}
+NEEDS = ("statistics", "objective")
+"""Those of `GIVEN` that a user has to bring along."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +73,7 @@ class MergeMethod:
         paper: address of the paper, None for folklore.
         degree: the result is homogeneous of this degree in the weights (2: doubled weights, fourfold result).
         breaks: law of `LAWS` to the reason why the method, by design, does not obey it.
+        aliases: other names that users know it by.
     """
 
     name: str
@@ -67,6 +81,7 @@ class MergeMethod:
     paper: str | None
     degree: int
     breaks: Mapping[str, str]
+    aliases: tuple[str, ...] = ()
 
     @cached_property
     def doc(self) -> str:
@@ -89,6 +104,16 @@ class MergeMethod:
         """The parameters that a user sets by name."""
         return {name: p for name, p in self.parameters.items() if name not in GIVEN}
 
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """What of `NEEDS` the method cannot do without."""
+        return tuple(name for name in NEEDS if name in self.parameters)
+
+    @property
+    def fills_the_layer(self) -> bool:
+        """Whether the result leaves the span of the updates, so that it may have any rank up to the layer's own."""
+        return "span" in self.breaks
+
     def given(self, **values: Any) -> dict[str, Any]:
         """Those of the values that the function asks for by having a parameter of that name."""
         return {name: value for name, value in values.items() if name in self.parameters}
@@ -110,18 +135,24 @@ class MergeMethod:
 
 
 _METHODS: dict[str, MergeMethod] = {}
+_ALIASES: dict[str, str] = {}
 
 
 def merge_method(
-    name: str, *, paper: str | None = None, degree: int = 1, breaks: Mapping[str, str] | None = None
+    name: str,
+    *,
+    paper: str | None = None,
+    degree: int = 1,
+    breaks: Mapping[str, str] | None = None,
+    aliases: Sequence[str] = (),
 ) -> Callable[[Callable[..., Merged]], Callable[..., Merged]]:
     """Register a function as a merge method; see `MergeMethod` for the facts it states.
 
     Raises:
         ValueError: a name that is taken, a law that does not exist, or a function without a docstring.
     """
-    if name in _METHODS:
-        raise ValueError(f"a merge method {name!r} is registered already: choose another name")
+    for taken in {name, *aliases} & {*_METHODS, *_ALIASES}:
+        raise ValueError(f"a merge method {taken!r} is registered already: choose another name")
     for law in breaks or {}:
         if law not in LAWS:
             raise ValueError(f"{name} breaks an unknown law {law!r}: the laws are {', '.join(LAWS)}")
@@ -129,7 +160,8 @@ def merge_method(
     def register(function: Callable[..., Merged]) -> Callable[..., Merged]:
         if not inspect.getdoc(function):
             raise ValueError(f"{name} needs a docstring, which is all that `moa methods` can say about it")
-        _METHODS[name] = MergeMethod(name, function, paper, degree, dict(breaks or {}))
+        _METHODS[name] = MergeMethod(name, function, paper, degree, dict(breaks or {}), tuple(aliases))
+        _ALIASES.update(dict.fromkeys(aliases, name))
         return function
 
     return register
@@ -146,15 +178,26 @@ def find_method(name: str) -> MergeMethod:
     Raises:
         ValueError: no such method; the message has the nearest name and the list.
     """
+    name = _ALIASES.get(name, name)
     if name not in _METHODS:
         known = methods()
-        raise ValueError(
-            f"there is no merge method {name!r}: the methods are {', '.join(known)}{nearest(name, known)}"
-        )
+        hint = nearest(name, [*known, *_ALIASES])
+        raise ValueError(f"there is no merge method {name!r}: the methods are {', '.join(known)}{hint}")
     return _METHODS[name]
 
 
+def optional(annotation: Any) -> tuple[Any, bool]:
+    """The annotation without `| None`, and whether it had one."""
+    if get_origin(annotation) in (Union, types.UnionType):
+        (inner,) = (a for a in get_args(annotation) if a is not type(None))
+        return inner, True
+    return annotation, False
+
+
 def _checked(method: str, option: str, value: Any, annotation: Any) -> Any:
+    annotation, may_be_none = optional(annotation)
+    if value is None and may_be_none:
+        return None
     if get_origin(annotation) is Literal:
         if value not in get_args(annotation):
             choices = ", ".join(map(str, get_args(annotation)))
@@ -163,6 +206,6 @@ def _checked(method: str, option: str, value: Any, annotation: Any) -> Any:
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise TypeError(f"{option} of {method} must be a number, got {value!r}")
         return float(value)
-    elif not isinstance(value, annotation):
+    elif not isinstance(value, annotation) or (annotation is int and isinstance(value, bool)):
         raise TypeError(f"{option} of {method} must be of type {annotation.__name__}, got {value!r}")
     return value

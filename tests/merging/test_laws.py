@@ -9,18 +9,33 @@ from moa.merging import find_method, merge, methods
 from moa.merging.registry import LAWS
 
 WEIGHTS = [0.7, 0.5, 0.9]
+# What methods need beside the adapters: a maker for each entry of NEEDS, given the adapters of the merge.
+MAKE = {}
 # Options under which a method has other properties than by default: (method, options, degree in the weights).
 VARIANTS = [
     *((name, {}, method.degree) for name, method in methods().items()),
+    # linear
+    ("factor_sum", {"split": "both"}, 2),
+    ("factor_sum", {"split": "b"}, 1),
+    # spherical, hierarchical
+    # element-wise
     ("ties", {"density": 1.0}, 0),
     ("ties", {"density": 0.4, "normalise": "sum"}, 1),
     ("ties", {"density": 0.4, "election": "frequency"}, 0),
-    ("factor_sum", {"split": "both"}, 2),
-    ("factor_sum", {"split": "b"}, 1),
+    # spectral
     ("svd", {"rank": 2}, 1),
+    # clustering
+    # statistics
+    # gates
 ]
-# Options under which one adapter comes back trimmed or cut, as asked.
-CUTS = [{"rank": 2}, {"density": 0.4, "normalise": "sum"}, {"density": 0.4, "election": "frequency"}]
+# Options under which a method that gives one adapter back does not, because it was asked to cut.
+CUTS = [
+    {"rank": 2},
+]
+# Options under which a method gives one adapter back that by default does not.
+WHOLE = [
+    ("ties", {"density": 1.0}),
+]
 
 
 def over(variants):
@@ -36,12 +51,11 @@ def obeying(law):
 
 
 every_method = over(VARIANTS)
-# TIES trims by default; at density 1 it obeys the law that it otherwise breaks by design.
 whole = over(
     [
         (name, options, degree)
         for name, options, degree in VARIANTS
-        if options not in CUTS and ("identity" not in find_method(name).breaks or options.get("density") == 1.0)
+        if (name, options) in WHOLE or ("identity" not in find_method(name).breaks and options not in CUTS)
     ]
 )
 
@@ -53,8 +67,14 @@ def members(request, adapters, equal_rank_adapters):
 
 
 def deltas(members, method, options, weights):
-    result = merge(members, method, weights=weights, dtype=torch.float64, **options)
+    given = needs_of(method, members)
+    result = merge(members, method, weights=weights, dtype=torch.float64, **given, **options)
     return {module: update.delta() for module, update in result.modules.items()}
+
+
+def needs_of(method, members):
+    """What a method needs beside the adapters, made for these members."""
+    return {need: MAKE[need](members) for need in find_method(method).needs}
 
 
 def assert_same(got, expected, tolerance=1e-6):
@@ -150,9 +170,43 @@ def test_an_adapter_given_twice_with_half_its_weight_counts_once(method, options
     assert_same(deltas([members[0], *members], method, options, [first, first, *rest]), expected)
 
 
+def orthogonal(size, seed):
+    drawn = torch.randn(size, size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return torch.linalg.qr(drawn).Q
+
+
+def turned(update):
+    o, n = update.shape
+    return LowRank(orthogonal(o, 1) @ update.B, update.A @ orthogonal(n, 2).T)
+
+
+@obeying("rotation")
+def test_turning_inputs_and_outputs_turns_the_result(method, options, degree, members):
+    straight = merge(members, method, weights=WEIGHTS, dtype=torch.float64, **options).modules
+    expected = {module: turned(update).delta() for module, update in straight.items()}
+    assert_same(deltas([mapped(a, turned) for a in members], method, options, WEIGHTS), expected)
+
+
+@obeying("span")
+def test_the_result_stays_in_the_span_of_the_adapters(method, options, degree, members):
+    for module, merged in deltas(members, method, options, WEIGHTS).items():
+        present = [a.modules[module] for a in members if module in a.modules]
+        writes = torch.linalg.qr(torch.cat([u.B for u in present], dim=1)).Q
+        reads = torch.linalg.qr(torch.cat([u.A for u in present]).T).Q
+        assert torch.allclose(writes @ (writes.T @ merged @ reads) @ reads.T, merged, atol=1e-8 * merged.norm())
+
+
 @every_method
 def test_a_saved_merge_reads_back_as_it_was(method, options, degree, members, tmp_path):
-    result = merge(members, method, weights=WEIGHTS, dtype=torch.float32, output=tmp_path / "out", **options)
+    result = merge(
+        members,
+        method,
+        weights=WEIGHTS,
+        dtype=torch.float32,
+        output=tmp_path / "out",
+        **needs_of(method, members),
+        **options,
+    )
     stored = read_adapter(tmp_path / "out")
     assert stored.modules.keys() == result.modules.keys()
     for module, update in stored.modules.items():
@@ -163,7 +217,7 @@ def test_a_saved_merge_reads_back_as_it_was(method, options, degree, members, tm
 @every_method
 def test_the_same_merge_twice_gives_the_same_bytes(method, options, degree, members, tmp_path):
     for folder in ("one", "two"):
-        merge(members, method, weights=WEIGHTS, output=tmp_path / folder, **options)
+        merge(members, method, weights=WEIGHTS, output=tmp_path / folder, **needs_of(method, members), **options)
     files = sorted(file.name for file in (tmp_path / "one").iterdir())
     assert files == ["adapter_config.json", "adapter_model.safetensors", "merge_report.json"]
     for file in files:
@@ -173,7 +227,7 @@ def test_the_same_merge_twice_gives_the_same_bytes(method, options, degree, memb
 @every_method
 def test_storage_in_bfloat16_costs_what_the_report_says(method, options, degree, members):
     exact = deltas(members, method, options, WEIGHTS)
-    rounded = merge(members, method, weights=WEIGHTS, dtype=torch.bfloat16, **options)
+    rounded = merge(members, method, weights=WEIGHTS, dtype=torch.bfloat16, **needs_of(method, members), **options)
     error = {m: (u.to(torch.float64).delta() - exact[m]).norm() ** 2 for m, u in rounded.modules.items()}
     relative = (sum(error.values()) / sum(delta.norm() ** 2 for delta in exact.values())) ** 0.5
     assert 0 < relative < 0.01

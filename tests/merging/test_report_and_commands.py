@@ -78,7 +78,7 @@ def test_the_widest_input_dtype_is_stored(adapters):
 
 def test_progress_wraps_the_layers(adapters):
     seen = []
-    merge(adapters, progress=lambda layers: seen.extend(layers) or layers)
+    merge(adapters, progress=lambda layers, description: seen.extend(layers) or layers)
     assert seen == sorted(adapters[0].modules)
 
 

@@ -5,7 +5,7 @@ import torch
 
 from moa.adapters import Adapter
 from moa.low_rank import LowRank
-from moa.merging import elementwise, merge
+from moa.merging import elementwise, entrywise, merge
 
 WEIGHTS = [0.7, -0.5, 0.9]
 
@@ -96,7 +96,7 @@ def test_a_drawn_election_gives_zero():
 
 def test_the_sign_of_a_sum_that_is_rounding_only_is_no_sign():
     votes = torch.tensor([[[0.1, 1.0]], [[0.2, 1.0]], [[-0.3, -1.0]]])
-    assert elementwise.elected_sign(votes).tolist() == [[0.0, 1.0]]
+    assert entrywise.elected_sign(votes).tolist() == [[0.0, 1.0]]
 
 
 def test_a_large_layer_is_recompressed_near_the_best_rank_repeatably_and_leaves_the_global_generator_alone():

@@ -1,0 +1,120 @@
+"""What is asked of a merge, checked before anything is computed: adapters, weights, ranks, dtypes."""
+
+import math
+import operator
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from moa.adapters import Adapter, AdapterError, read_adapter
+from moa.base_model import same_base
+from moa.errors import nearest
+from moa.merging.registry import MergeMethod
+
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+
+def read_all(adapters: Sequence[str | Path | Adapter]) -> list[Adapter]:
+    """Adapters with names that differ, so that a report can tell two folders called checkpoint-60 apart."""
+    if isinstance(adapters, str | Path | Adapter):
+        raise TypeError(f"merge takes a list of adapters, got {adapters!r}: put it in a list")
+    sources: list[Adapter] = []
+    for adapter in (a if isinstance(a, Adapter) else read_adapter(a) for a in adapters):
+        same = sum(1 for other in sources if re.fullmatch(rf"{re.escape(adapter.name)}(#\d+)?", other.name))
+        sources.append(replace(adapter, name=f"{adapter.name}#{same + 1}") if same else adapter)
+    if not sources:
+        raise ValueError("merge needs at least one adapter, got none")
+    return sources
+
+
+def checked_dtype(dtype: torch.dtype | str) -> torch.dtype:
+    name = str(dtype).removeprefix("torch.")
+    if name not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {name}{nearest(name, DTYPES)}")
+    return getattr(torch, name)
+
+
+def checked_weights(weights: Sequence[float] | None, count: int) -> list[float]:
+    if weights is None:
+        return [1 / count] * count
+    weights = [float(w) for w in weights]
+    if len(weights) != count:
+        raise ValueError(f"weights must be one for each adapter: got {len(weights)} for {count} adapters")
+    if not all(map(math.isfinite, weights)):
+        raise ValueError(f"weights must be finite numbers, got {weights}")
+    if not any(weights):
+        raise ValueError("all weights are zero, so there is nothing to merge: give at least one another value")
+    return weights
+
+
+def check_same_base(sources: Sequence[Adapter]) -> None:
+    for of, same in ((lambda a: a.base_model, same_base), (lambda a: a.config.get("revision"), operator.eq)):
+        known = [a for a in sources if of(a)]
+        for other in known[1:]:
+            if not same(of(known[0]), of(other)):
+                raise AdapterError(
+                    f"adapter {known[0].name!r} was trained on {of(known[0])!r} and {other.name!r} on "
+                    f"{of(other)!r}: merge adapters of one base model, or pass check_base=False "
+                    f"(--no-check-base) if these share their weights"
+                )
+
+
+def common_shapes(sources: Sequence[Adapter]) -> dict[str, tuple[int, int]]:
+    """Every layer that any adapter changes, with the size of its matrix, on which all must agree."""
+    found: dict[str, tuple[tuple[int, int], str]] = {}
+    for adapter in sources:
+        for module, shape in adapter.shapes.items():
+            size, first = found.setdefault(module, ((shape.o, shape.n), adapter.name))
+            if size != (shape.o, shape.n):
+                raise AdapterError(
+                    f"layer {module!r} is {list(size)} for adapter {first!r} and {[shape.o, shape.n]} for "
+                    f"{adapter.name!r}: they belong to different base models"
+                )
+    return {module: size for module, (size, _) in sorted(found.items())}
+
+
+def layer_ranks(
+    rank: int | str | None,
+    method: MergeMethod,
+    sources: Sequence[Adapter],
+    sizes: Mapping[str, tuple[int, int]],
+) -> dict[str, int | None]:
+    """The rank to ask of each layer; None is the method's own.
+
+    A rank that no layer can have is refused; a layer that holds fewer ranks keeps those it has.
+    """
+    if rank is None:
+        return dict.fromkeys(sizes)
+    if "rank" not in method.parameters:
+        raise ValueError(f"{method.name} keeps every rank it is given and takes no rank: use svd to choose one")
+    stacked: Counter[str] = Counter()
+    for adapter in sources:
+        stacked.update({module: shape.r for module, shape in adapter.shapes.items()})
+    if method.fills_the_layer:
+        most = {module: min(size) for module, size in sizes.items()}
+    else:
+        most = {module: min(stacked[module], *size) for module, size in sizes.items()}
+    if rank == "full":
+        return dict(most)
+    if isinstance(rank, bool) or not isinstance(rank, int):
+        raise TypeError(f"rank must be a whole number, auto or full, got {rank!r}")
+    if not 1 <= rank <= max(most.values()):
+        what = "the size of the layers" if method.fills_the_layer else "all that these adapters hold together"
+        raise ValueError(f"rank must be from 1 to {max(most.values())}, {what}, got {rank}")
+    return {module: min(rank, most[module]) for module in sizes}
+
+
+def common_base(sources: Sequence[Adapter]) -> str | None:
+    """The name of the one base model, a Hub's before a folder's, which other machines do not have; or None."""
+    names = sorted((a.base_model for a in sources if a.base_model), key=lambda name: Path(name).is_dir())
+    return names[0] if names and all(same_base(names[0], name) for name in names) else None
+
+
+def agreed(values: Iterable[str | None]) -> str | None:
+    """What all that say something say, or None."""
+    said = {value for value in values if value}
+    return said.pop() if len(said) == 1 else None
