@@ -22,6 +22,7 @@ from moa.arguments import parse, run
 from moa.tasks import Task, load_tasks, task_names
 
 if TYPE_CHECKING:
+    from moa.evaluation.merges import AskedMerge
     from moa.model import MoaModel
 
 EXAMPLES = "\n".join(line.strip() for line in (__doc__ or "").splitlines() if line.startswith("    "))
@@ -49,7 +50,10 @@ class EvaluationArguments:
     data_dir: str | None = field(default=None, metadata={"help": "folder with TASK/{train,validation,test}.jsonl"})
     methods: list[str] = field(
         default_factory=lambda: ["average", "concatenation", "factor_sum", "svd", "ties"],
-        metadata={"help": "merge methods to compare; 'moa methods' lists them, none compares no merge"},
+        metadata={
+            "help": "merge methods to compare, such as svd or ties:density=0.4,rank=16; 'moa methods' lists them, "
+            "none compares no merge"
+        },
     )
     scales: list[float] = field(
         default_factory=lambda: [0.25, 0.5, 1.0, 1.5, 2.0, 3.0],
@@ -72,16 +76,15 @@ def main(argv: list[str] | None = None) -> None:
     from rich.console import Console
 
     from moa.evaluation.comparison import card_scores, other_scores
-    from moa.evaluation.merges import check_methods
+    from moa.evaluation.merges import AskedMerge
     from moa.evaluation.report import print_table, write_html, write_json
     from moa.model import MoaModel
     from moa.saving import describe_mixture
 
     check_counts(asked)
-    methods = [] if asked.methods == ["none"] else asked.methods
-    check_methods(methods)
+    merges = [AskedMerge.read(spec) for spec in asked.methods if asked.methods != ["none"]]
     model = MoaModel.from_pretrained(asked.model, asked.mixture, check_base=asked.check_base)
-    found = compare(model, methods, asked)
+    found = compare(model, merges, asked)
     output = Path(asked.output_dir)
     write_json(found, output / "results.json")
     write_html(found, output / "report.html")
@@ -100,14 +103,14 @@ def check_counts(asked: EvaluationArguments) -> None:
             raise ValueError(f"--{option} must be at least 1, got {value}")
 
 
-def compare(model: MoaModel, methods: Sequence[str], asked: EvaluationArguments) -> dict[str, Any]:
+def compare(model: MoaModel, merges: Sequence[AskedMerge], asked: EvaluationArguments) -> dict[str, Any]:
     """Score every system on every task, and gather the results."""
     from itertools import chain
 
     from moa.base_model import load_tokenizer
     from moa.evaluation.comparison import remarks, results
     from moa.evaluation.kept import Kept
-    from moa.evaluation.merges import merge_systems
+    from moa.evaluation.merges import merge_systems, needs_of
     from moa.evaluation.runner import Questions, fill_table
     from moa.evaluation.systems import unmerged_systems
 
@@ -117,11 +120,13 @@ def compare(model: MoaModel, methods: Sequence[str], asked: EvaluationArguments)
     tasks = [capped(task, asked.max_new_tokens) for task in tasks_of(asked.tasks, model.experts)]
     rows = {"source": asked.source, "data_dir": asked.data_dir, "seed": asked.seed}
     questions = [Questions(task, task.examples("test", limit=asked.rows, **rows), asked.other_rows) for task in tasks]
-    validation = [task.examples("validation", limit=asked.validation_rows, **rows) for task in tasks if methods]
+    validation = [task.examples("validation", limit=asked.validation_rows, **rows) for task in tasks if merges]
     kept = Kept(Path(asked.output_dir) / "cells", model)
     unmerged = unmerged_systems(model)
-    systems = chain(unmerged, merge_systems(model, tokenizer, methods, asked.scales, validation, kept))
-    count = len(unmerged) + len(methods)
+    few_shot = dict(zip((task.name for task in tasks), validation, strict=False))
+    needs = needs_of(merges, model, tokenizer, Path(asked.mixture), few_shot)
+    systems = chain(unmerged, merge_systems(model, tokenizer, merges, asked.scales, validation, kept, needs))
+    count = len(unmerged) + len(merges)
     done, cells = fill_table(model, tokenizer, systems, count, questions, kept, batch_size=asked.batch_size)
     source = "local" if asked.data_dir else asked.source
     return results(model, questions, done, cells, seed=asked.seed, source=source)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -35,7 +36,7 @@ class Kept:
             asked: everything else that the answer depends on, as JSON can hold it.
         """
         key = hashlib.sha256(json.dumps([self.answerer, asked]).encode()).hexdigest()
-        file = self.directory / f"{name}.json"
+        file = self.directory / f"{re.sub(r'[^A-Za-z0-9_.-]', '_', name)}.json"
         found = _read(file)
         if found.get("key") != key:
             found = {"key": key, **compute()}

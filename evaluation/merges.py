@@ -2,67 +2,128 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+from rich.progress import track
 from transformers import PreTrainedTokenizerBase
 
 from moa.evaluation.kept import Kept
 from moa.evaluation.scale import choose_scale
-from moa.evaluation.systems import System, experts_fingerprint, merge_system
-from moa.merging import find_method
+from moa.evaluation.systems import System, adapter_cost, experts_fingerprint, merge_system
+from moa.merging import MergeMethod, find_method
+from moa.merging.registry import option_from_text
+from moa.merging.statistics import STATISTICS_FILE
 from moa.model import MoaModel
 from moa.tasks import Example
 
 UNSCALED = ("average",)  # an average of another strength would be a weighted sum
 
 
-def check_methods(methods: Sequence[str]) -> None:
-    """Refuse an unknown merge method before an hour of evaluation, not after."""
-    for method in methods:
-        find_method(method)
+@dataclass(frozen=True)
+class AskedMerge:
+    """A merge to compare, as it is asked for: `ties`, or `ties:density=0.4,scope=model,rank=16`.
+
+    Attributes:
+        spec: the text, which names the merge in every table.
+        rank: rank of the result, None for the method's own.
+    """
+
+    spec: str
+    method: MergeMethod
+    options: Mapping[str, Any]
+    rank: int | str | None = None
+
+    @classmethod
+    def read(cls, spec: str) -> AskedMerge:
+        """From its text; a ValueError says what the method does not know or take."""
+        name, _, settings = spec.partition(":")
+        method = find_method(name)
+        options = {}
+        for setting in filter(None, settings.split(",")):
+            option, equals, value = setting.partition("=")
+            if not equals:
+                raise ValueError(f"--methods {spec!r}: options are written {name}:option=value, got {setting!r}")
+            options[option] = value
+        rank = options.pop("rank", None)
+        read = {option: option_from_text(method, option, value) for option, value in options.items()}
+        method.check_options(read)
+        return cls(spec, method, read, int(rank) if rank and rank.isdigit() else rank)
 
 
 def merge_systems(
     model: MoaModel,
     tokenizer: PreTrainedTokenizerBase,
-    methods: Sequence[str],
+    merges: Sequence[AskedMerge],
     scales: Sequence[float],
     validation: Sequence[Sequence[Example]],
     kept: Kept,
+    needs: Mapping[str, Any],
 ) -> Iterator[System]:
-    """Merge the experts by each method, and drop the merge again when the next one is asked for.
+    """The merges as systems, each made when it is first used and dropped when the next one is asked for.
 
     Args:
-        scales: candidates for the strength; 1 is the mean of the experts.
-        kept: holds what the choice of a scale found, so that a resumed run need not look again.
+        scales: candidates for the strength; 1 is what the method gives, with weights 1/N.
+        kept: holds the strength that was found, so that a resumed run neither looks nor merges again.
+        needs: `statistics` of the experts and the `objective`, for the methods that need them.
     """
-    for method in methods:
-        adapter = f"merge_{method}"
-        model.merge_adapters(method, into=adapter)
-        scale, tried = 1.0, {}
-        if method not in UNSCALED:
-            scale, tried = _kept_choice(model, tokenizer, method, adapter, validation, scales, kept)
-        if scale != 1.0:
+    texts = [[example.prompt + example.answer for example in examples] for examples in validation]
+    for index, asked in enumerate(merges):
+        adapter = f"merge_{index}"
+        make = partial(_make, model, asked, adapter, needs)
+        tried_scales = [] if asked.method.name in UNSCALED else sorted(scales)
+
+        def choose(make=make, adapter=adapter, tried_scales=tried_scales) -> dict[str, Any]:
+            make()
+            scale, tried = 1.0, {}
+            if tried_scales:
+                scale, tried = choose_scale(model, tokenizer, adapter, validation, tried_scales)
+            return {"scale": scale, "nll": tried, "cost": adapter_cost(model, [adapter])}
+
+        question = [experts_fingerprint(model), asked.spec, tried_scales, texts]
+        choice = kept.get(f"scale-{asked.spec}", question, choose)
+        yield merge_system(model, adapter, make, asked.spec, choice)
+        if adapter in model.peft_config:
             model.delete_adapter(adapter)
-            model.merge_adapters(method, scale=scale, into=adapter)
-        yield merge_system(model, adapter, method, scale, tried)
-        model.delete_adapter(adapter)
 
 
-def _kept_choice(
+def _make(model: MoaModel, asked: AskedMerge, adapter: str, needs: Mapping[str, Any]) -> None:
+    """Merge into the model as `adapter`, unless that was done."""
+    if adapter in model.peft_config:
+        return
+    errors = Console(stderr=True)
+    model.merge_adapters(
+        asked.method.name,
+        rank=asked.rank,
+        into=adapter,
+        progress=lambda names, description: track(names, description, console=errors, transient=True),
+        **{need: needs[need] for need in asked.method.needs},
+        **asked.options,
+    )
+
+
+def needs_of(
+    merges: Sequence[AskedMerge],
     model: MoaModel,
     tokenizer: PreTrainedTokenizerBase,
-    method: str,
-    adapter: str,
-    validation: Sequence[Sequence[Example]],
-    scales: Sequence[float],
-    kept: Kept,
-) -> tuple[float, dict[float, float]]:
-    def choose() -> dict[str, Any]:
-        scale, tried = choose_scale(model, tokenizer, adapter, validation, scales)
-        return {"scale": scale, "nll": tried}
+    mixture: Path,
+    few_shot: Mapping[str, Sequence[Example]],
+) -> dict[str, Any]:
+    """What the methods need beside the experts: statistics from the mixture's folders, an objective on few examples.
 
-    texts = [[example.prompt + example.answer for example in examples] for examples in validation]
-    choice = kept.get(f"scale-{method}", [experts_fingerprint(model), method, sorted(scales), texts], choose)
-    return choice["scale"], {float(scale): nll for scale, nll in choice["nll"].items()}
+    Args:
+        few_shot: examples of each task by its name.
+    """
+    asked_for = {need for asked in merges for need in asked.method.needs}
+    needs: dict[str, Any] = {}
+    if "statistics" in asked_for:
+        needs["statistics"] = [mixture / name / STATISTICS_FILE for name in model.experts]
+    if "objective" in asked_for:
+        from moa.model_objective import ModelObjective
+
+        needs["objective"] = ModelObjective(model, tokenizer, few_shot)
+    return needs

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
@@ -46,17 +47,31 @@ def expert_system(model: MoaModel, expert: str) -> System:
     """One expert for all prompts, whatever their task."""
     fingerprint = model.moa_config.expert_sha256(expert)
     activate = _ignoring_batch(lambda: model.using(expert))
-    return System(f"lora:{expert}", "lora", fingerprint, activate, _cost(model, [expert]))
+    return System(f"lora:{expert}", "lora", fingerprint, activate, adapter_cost(model, [expert]))
 
 
-def merge_system(model: MoaModel, adapter: str, method: str, scale: float, tried: dict[float, float]) -> System:
-    """A merge of the experts that was loaded into the model as `adapter`."""
+def merge_system(
+    model: MoaModel, adapter: str, make: Callable[[], None], spec: str, choice: Mapping[str, Any]
+) -> System:
+    """A merge of the experts, which `make` loads into the model as `adapter` when it is first used.
+
+    Args:
+        choice: the `scale`, the validation likelihood of each that was tried (`nll`), and the merge's `cost`.
+    """
+    scale, tried = choice["scale"], {float(scale): nll for scale, nll in choice["nll"].items()}
+
+    @contextmanager
+    def activate(input_ids: Tensor, attention_mask: Tensor) -> Iterator[None]:
+        make()
+        with model.using(adapter, scale):
+            yield
+
     return System(
-        f"merge:{method}",
+        f"merge:{spec}",
         "merge",
-        f"{experts_fingerprint(model)} {method} {scale}",
-        _ignoring_batch(lambda: model.using(adapter)),
-        _cost(model, [adapter]),
+        f"{experts_fingerprint(model)} {spec} {scale}",
+        activate,
+        choice["cost"],
         note=f"scale {scale:g}" + (" chosen on validation" if tried else ""),
         scales=tried,
     )
@@ -75,7 +90,7 @@ def mixture_system(model: MoaModel) -> System:
 
     config = model.moa_config
     depth = model.config.get_text_config().num_hidden_layers
-    cost = {**_cost(model, model.experts), "prefill_overhead": config.router_layer / depth}
+    cost = {**adapter_cost(model, model.experts), "prefill_overhead": config.router_layer / depth}
     note = {"hard": "best expert", "top_k": f"best {config.top_k} mixed", "soft": "all mixed"}[config.routing]
     router = f"{config.sha256[ROUTER_NAME]} {config.router_layer} {config.routing} {config.top_k}"
     fingerprint = f"{experts_fingerprint(model)} {router}"
@@ -93,7 +108,8 @@ def experts_fingerprint(model: MoaModel) -> str:
     return " ".join(model.moa_config.expert_sha256(name) for name in model.experts)
 
 
-def _cost(model: MoaModel, adapters: Sequence[str]) -> dict[str, float]:
+def adapter_cost(model: MoaModel, adapters: Sequence[str]) -> dict[str, float]:
+    """The parameters that these adapters add together, and the largest rank among them."""
     factors = [
         (name, parameter)
         for name, parameter in model.named_parameters()

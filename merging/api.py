@@ -2,30 +2,33 @@
 
 import hashlib
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from moa.adapters import Adapter, AdapterError, check_name, write_adapter
-from moa.low_rank import LowRank, stack
+from moa.adapters import Adapter, AdapterError, Extras, Kind, check_name, write_adapter
+from moa.low_rank import LowRank, inner
+from moa.merging.carried import beside_updates, check_carried
 from moa.merging.checks import (
     agreed,
     check_same_base,
     checked_dtype,
     checked_weights,
     common_base,
+    common_kinds,
     common_shapes,
     layer_ranks,
     read_all,
 )
 from moa.merging.layers import Layers, Progress, no_progress
-from moa.merging.ranks import RankRule, chosen_ranks
+from moa.merging.ranks import RankRule, chosen_ranks, padded
 from moa.merging.registry import Merged, MergeMethod, find_method
 from moa.merging.report import REPORT_FILE, Layer, MergeReport, Source
+from moa.merging.statistics import Given, LayerStatistics, Statistics, statistics_of
 from moa.peft_checks import widest
 
 
@@ -34,14 +37,36 @@ class MergeResult:
     """What `merge` gives back.
 
     Attributes:
-        modules: layer name to merged update, in the dtype that is or would be stored.
+        modules: layer name to merged update, in the dtype that is or would be stored. In a merge of DoRA adapters,
+            what its magnitudes multiply together with the base model's weight.
         report: what was done and what it cost.
         path: the folder that was written, None when none was asked for.
+        extras: what the merged adapter holds beside the updates; empty for a merge of plain LoRA.
+        kinds: of the layers that are not linear.
+        task_type, revision: of all adapters, where they agree.
     """
 
     modules: dict[str, LowRank]
     report: MergeReport
     path: Path | None
+    extras: Extras = field(default_factory=Extras)
+    kinds: Mapping[str, Kind] = field(default_factory=dict)
+    task_type: str | None = None
+    revision: str | None = None
+
+    def adapter(self, name: str) -> Adapter:
+        """The merged adapter in memory, to merge it further."""
+        return Adapter(
+            name=name,
+            base_model=self.report.base_model,
+            modules=self.modules,
+            dtype=getattr(torch, self.report.dtype),
+            path=self.path,
+            config={"task_type": self.task_type, "revision": self.revision},
+            kinds=self.kinds,
+            extras=self.extras,
+            merged_from=self.report.to_dict(),
+        )
 
 
 def merge(
@@ -57,15 +82,18 @@ def merge(
     seed: int = 0,
     dtype: torch.dtype | str | None = None,
     check_base: bool = True,
-    statistics: Sequence[Any] | None = None,
+    base: Any = None,
+    initial: Mapping[str, str | Path] | None = None,
+    statistics: Sequence[Given] | None = None,
     objective: Any = None,
     progress: Progress = no_progress,
     **options: Any,
 ) -> MergeResult:
-    """Merge LoRA adapters into one, without their base model.
+    """Merge LoRA adapters into one, without building their base model.
 
     Layers are streamed: the factors of one layer are read, merged in float64, rounded once and kept; nothing
-    but the result grows with the model. A layer that an adapter lacks counts as unchanged by it.
+    but the result grows with the model. A layer that an adapter lacks counts as unchanged by it. What adapters
+    hold beside their updates is merged as `moa.merging.carried` and `moa.merging.dora` say.
 
     Args:
         adapters: folders, Hub repositories, or adapters in memory.
@@ -82,6 +110,10 @@ def merge(
         seed: for methods that draw random numbers.
         dtype: dtype to store, or its name: float32, bfloat16, float16, float64; the widest of the inputs by default.
         check_base: refuse adapters of different base models.
+        base: the base model, as a folder, Hub name or live model; needed where adapters hold DoRA magnitudes,
+            modules_to_save, trained biases or trained tokens, whose merge depends on its weights.
+        initial: name or folder of an adapter that was initialised by PiSSA, OLoRA, CorDA or LoRA-GA, to the folder
+            of the same adapter before training; see `moa.adapters.read_adapter`.
         statistics: for methods that need them, what `moa statistics` wrote for each adapter; by default the
             file beside each.
         objective: for methods that search or learn their weights, what judges them by examples.
@@ -102,27 +134,44 @@ def merge(
     if not math.isfinite(scale) or scale == 0:
         raise ValueError(f"scale must be a finite number other than 0, got {scale}")
     wanted = None if dtype is None else checked_dtype(dtype)
-    sources = read_all(adapters)
+    sources = read_all(adapters, initial, plain=False)
     weights = checked_weights(weights, len(sources))
     if check_base:
-        check_same_base(sources)
+        check_same_base(sources, base)
     weighted = [index for index, w in enumerate(weights) if w != 0]
     merging = [sources[index] for index in weighted]
-    shapes = common_shapes(merging)
+    shapes, kinds = common_shapes(merging), common_kinds(merging)
+    check_carried(merging, chosen, kinds, base)
     rule = RankRule() if rank == "auto" else rank
     ranks = layer_ranks("full" if isinstance(rule, RankRule) else rule, chosen, merging, shapes)
     stored_dtype = wanted or widest(a.dtype for a in merging)
-    layers = Layers(merging, torch.tensor([weights[i] for i in weighted], dtype=torch.float64), shapes, progress)
-    given = _for_layers(chosen, layers, seed, statistics, objective, weighted)
+    used = torch.tensor([weights[i] for i in weighted], dtype=torch.float64)
+    extras, dora, base_name = beside_updates(
+        merging, used, chosen, scale=scale, base=base, kinds=kinds, dtype=stored_dtype
+    )
+    layers = Layers(dora.adapters if dora else merging, used, shapes, progress)
+    known = None
+    if "statistics" in chosen.needs or (isinstance(rule, RankRule) and rule.by == "loss"):
+        known = _known_statistics(layers, statistics, len(sources), weighted)
+    given = _for_layers(chosen, layers, seed, known, objective)
+    stored_ranks = {}
     if isinstance(rule, RankRule):
-        ranks = chosen_ranks(layers, rule, ranks)
+        stored_ranks = chosen_ranks(layers, rule, ranks, known)
+        ranks = {module: min(rank, stored_ranks[module]) for module, rank in ranks.items()}
 
     modules: dict[str, LowRank] = {}
     reports: dict[str, Layer] = {}
+    magnitudes: dict[str, torch.Tensor] = {}
     for module, updates in layers.streamed(f"merging by {chosen.name}"):
         merged = chosen.function(updates, layers.weights, **given(module, ranks[module]), **options)
+        if stored_ranks and rule.pads:
+            merged = replace(merged, update=padded(merged.update, stored_ranks[module]))
         gain = scale * (_norm_restoring(updates, merged) if restore_norm else 1.0)
-        modules[module], reports[module] = _stored(merged, gain, stored_dtype, sum(u.rank for u in updates))
+        rows = dora.gain(module, gain) if dora else None
+        modules[module], reports[module] = _stored(merged, gain, rows, stored_dtype, sum(u.rank for u in updates))
+        if dora:
+            magnitudes[module] = dora.magnitude(module, modules[module], rows)
+    extras = replace(extras, magnitude=magnitudes)
     report = MergeReport(
         name=name or chosen.name,
         method=chosen.name,
@@ -134,39 +183,51 @@ def merge(
         seed=seed,
         dtype=str(stored_dtype).removeprefix("torch."),
         options=options,
-        sources=_described(sources, weights, shapes),
+        check_base=check_base,
+        objective=objective.describe() if "objective" in chosen.needs else None,
+        sources=_described(sources, weights, shapes, dict(zip(weighted, known or (), strict=False))),
         layers=reports,
+        carried=extras.names,
+        base_weights=base_name,
         versions={"moa-peft": version("moa-peft"), "torch": torch.__version__},
     )
-    return MergeResult(modules, report, _write(output, modules, sources, stored_dtype, report) if output else None)
+    task_type, revision = (agreed(a.config.get(key) for a in sources) for key in ("task_type", "revision"))
+    result = MergeResult(modules, report, None, extras, kinds, task_type, revision)
+    return replace(result, path=_write(output, result, stored_dtype)) if output else result
 
 
 def _for_layers(
-    method: MergeMethod, layers: Layers, seed: int, statistics: Sequence[Any] | None, objective: Any, kept: list[int]
-):
+    method: MergeMethod, layers: Layers, seed: int, statistics: Sequence[Mapping[str, Any]] | None, objective: Any
+) -> Callable[[str, int | None], dict[str, Any]]:
     """What a method is given beside updates, weights and options: a function of the layer and its rank."""
     if "objective" in method.needs and objective is None:
         raise ValueError(
             f"{method.name} looks for weights by examples and was given none: pass objective=..., "
             "or on the command line --model and --tasks"
         )
-    if "statistics" in method.needs:
-        from moa.merging.statistics import statistics_of
-
-        known = statistics_of(layers.adapters, None if statistics is None else [statistics[i] for i in kept])
 
     def given(module: str, rank: int | None) -> dict[str, Any]:
         return method.given(
             rank=rank,
+            run_seed=seed,
             seed=_seed_of(module, seed),
             seeds=[_seed_of(f"{module}:{name}", seed) for name in layers.names],
             module=module,
             layers=layers,
+            statistics=[of.get(module) for of in statistics or ()],
             objective=objective,
-            **({"statistics": [of.get(module) for of in known]} if "statistics" in method.needs else {}),
         )
 
     return given
+
+
+def _known_statistics(
+    layers: Layers, given: Sequence[Given] | None, sources: int, weighted: Sequence[int]
+) -> list[Mapping[str, LayerStatistics]]:
+    """The statistics of the adapters that have a weight."""
+    if given is not None and len(given) != sources:
+        raise ValueError(f"statistics must be one for each adapter: got {len(given)} for {sources} adapters")
+    return statistics_of(layers.adapters, None if given is None else [given[index] for index in weighted])
 
 
 def _norm_restoring(updates: Sequence[LowRank], merged: Merged) -> float:
@@ -176,51 +237,74 @@ def _norm_restoring(updates: Sequence[LowRank], merged: Merged) -> float:
     return sum(norms) / len(norms) / size if norms and size > 0 else 1.0
 
 
-def _stored(merged: Merged, scale: float, dtype: torch.dtype, stacked_rank: int) -> tuple[LowRank, Layer]:
-    """Scale and round one merged layer, and say what that and its rank have cost."""
+def _stored(
+    merged: Merged, scale: float, rows: torch.Tensor | None, dtype: torch.dtype, stacked_rank: int
+) -> tuple[LowRank, Layer]:
+    """Scale and round one merged layer, and say what that and its rank have cost.
+
+    `rows` is what a DoRA magnitude will multiply each row by, which its update is therefore divided by.
+    """
     update = merged.update.scaled(scale)
+    if rows is not None:
+        update = LowRank(update.B / rows[:, None], update.A)
     stored = update.to(dtype)
     kept = merged.update.norm() ** 2
     exact = kept + merged.dropped
-    error = stack([update, stored.to(torch.float64).scaled(-1.0)]).norm()
     return stored, Layer(
         stacked_rank=stacked_rank,
         rank=stored.rank,
         energy=exact * scale**2,
         dropped=merged.dropped / exact if exact else 0.0,
-        rounding=error / update.norm() if kept else 0.0,
+        rounding=_rounding(update, stored.to(torch.float64)) if kept else 0.0,
         facts=dict(merged.facts),
     )
 
 
-def _described(sources: Sequence[Adapter], weights: Sequence[float], merged: Iterable[str]) -> list[Source]:
+def _rounding(exact: LowRank, stored: LowRank) -> float:
+    """||stored - exact|| / ||exact||, from the differences of the factors: B A - B' A' = (B - B') A + B' (A - A')."""
+    first, second = LowRank(exact.B - stored.B, exact.A), LowRank(stored.B, exact.A - stored.A)
+    error = inner(first, first) + 2 * inner(first, second) + inner(second, second)
+    return math.sqrt(max(error, 0.0)) / exact.norm()
+
+
+def _described(
+    sources: Sequence[Adapter],
+    weights: Sequence[float],
+    merged: Iterable[str],
+    statistics: Mapping[int, Mapping[str, LayerStatistics]],
+) -> list[Source]:
+    """The adapters as the report names them; `statistics` are those that were used, by the adapter's place."""
     return [
         Source(
             name=adapter.name,
             weight=weight,
             path=str(adapter.path) if adapter.path else None,
             sha256=adapter.sha256,
+            initial=str(adapter.initial) if adapter.initial else None,
+            initial_sha256=adapter.initial_sha256,
+            statistics=of.about if isinstance(of := statistics.get(index), Statistics) else None,
+            merge=adapter.merged_from,
             base_model=adapter.base_model,
             dtype=str(adapter.dtype).removeprefix("torch."),
             modules=len(adapter.shapes),
             ranks=(min(s.r for s in adapter.shapes.values()), max(s.r for s in adapter.shapes.values())),
             missing=[module for module in merged if module not in adapter.shapes],
         )
-        for adapter, weight in zip(sources, weights, strict=True)
+        for index, (adapter, weight) in enumerate(zip(sources, weights, strict=True))
     ]
 
 
-def _write(
-    output: str | Path, modules: dict[str, LowRank], sources: Sequence[Adapter], dtype, report: MergeReport
-) -> Path:
+def _write(output: str | Path, result: MergeResult, dtype: torch.dtype) -> Path:
     return write_adapter(
         output,
-        modules,
-        base_model=report.base_model,
-        base_revision=agreed(a.config.get("revision") for a in sources),
-        task_type=agreed(a.config.get("task_type") for a in sources),
+        result.modules,
+        base_model=result.report.base_model,
+        base_revision=result.revision,
+        task_type=result.task_type,
         dtype=dtype,
-        extra_files={REPORT_FILE: report.to_json()},
+        extra_files={REPORT_FILE: result.report.to_json()},
+        kinds=result.kinds,
+        extras=result.extras,
     )
 
 

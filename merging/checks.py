@@ -7,10 +7,11 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from moa.adapters import Adapter, AdapterError, read_adapter
+from moa.adapters import LINEAR, Adapter, AdapterError, Kind, read_adapter
 from moa.base_model import same_base
 from moa.errors import nearest
 from moa.merging.registry import MergeMethod
@@ -18,17 +19,52 @@ from moa.merging.registry import MergeMethod
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
-def read_all(adapters: Sequence[str | Path | Adapter]) -> list[Adapter]:
-    """Adapters with names that differ, so that a report can tell two folders called checkpoint-60 apart."""
+def read_all(
+    adapters: Sequence[str | Path | Adapter],
+    initial: Mapping[str, str | Path] | None = None,
+    *,
+    plain: bool = True,
+) -> list[Adapter]:
+    """Adapters with names that differ, so that a report can tell two folders called checkpoint-60 apart.
+
+    Args:
+        initial: the folder before training of those that it names, by their folder or by the last part of it.
+        plain: refuse what is more than B @ A on linear layers, for callers that look at nothing else.
+    """
     if isinstance(adapters, str | Path | Adapter):
         raise TypeError(f"merge takes a list of adapters, got {adapters!r}: put it in a list")
+    before = before_training(adapters, initial or {})
     sources: list[Adapter] = []
-    for adapter in (a if isinstance(a, Adapter) else read_adapter(a) for a in adapters):
+    for given in adapters:
+        adapter = given if isinstance(given, Adapter) else read_adapter(given, initial=before.get(str(given)))
         same = sum(1 for other in sources if re.fullmatch(rf"{re.escape(adapter.name)}(#\d+)?", other.name))
         sources.append(replace(adapter, name=f"{adapter.name}#{same + 1}") if same else adapter)
     if not sources:
         raise ValueError("merge needs at least one adapter, got none")
+    for adapter in sources if plain else ():
+        if more := [*adapter.extras.names, *(f"a LoRA on the {kind.name} {m}" for m, kind in adapter.kinds.items())]:
+            raise AdapterError(
+                f"adapter {adapter.name!r} also holds {more[0]}, and only updates of linear layers are looked at "
+                f"here: merge it with moa merge, or leave it out"
+            )
     return sources
+
+
+def before_training(
+    adapters: Sequence[str | Path | Adapter], initial: Mapping[str, str | Path]
+) -> dict[str, str | Path]:
+    """Folder of an adapter to its folder before training; each name must mean one of the folders to merge."""
+    folders = {str(adapter) for adapter in adapters if not isinstance(adapter, Adapter)}
+    found = {}
+    for name, before in initial.items():
+        meant = [folder for folder in folders if str(name) in (folder, Path(folder).name)]
+        if len(meant) != 1:
+            raise ValueError(
+                f"initial names {str(name)!r}, and {len(meant)} folders to merge are called so: give the adapter's "
+                f"folder as it stands in the list"
+            )
+        found[meant[0]] = before
+    return found
 
 
 def checked_dtype(dtype: torch.dtype | str) -> torch.dtype:
@@ -51,7 +87,8 @@ def checked_weights(weights: Sequence[float] | None, count: int) -> list[float]:
     return weights
 
 
-def check_same_base(sources: Sequence[Adapter]) -> None:
+def check_same_base(sources: Sequence[Adapter], base: Any = None) -> None:
+    """Refuse adapters of different base models, or of another one than `base`, a name, folder or model."""
     for of, same in ((lambda a: a.base_model, same_base), (lambda a: a.config.get("revision"), operator.eq)):
         known = [a for a in sources if of(a)]
         for other in known[1:]:
@@ -61,6 +98,13 @@ def check_same_base(sources: Sequence[Adapter]) -> None:
                     f"{of(other)!r}: merge adapters of one base model, or pass check_base=False "
                     f"(--no-check-base) if these share their weights"
                 )
+    ours = str(base or "") if base is None or isinstance(base, str | Path) else getattr(base, "name_or_path", "")
+    for adapter in sources if ours else ():
+        if adapter.base_model and not same_base(adapter.base_model, ours):
+            raise AdapterError(
+                f"adapter {adapter.name!r} was trained on {adapter.base_model!r} and base is {ours!r}: pass its own "
+                f"base model, or check_base=False (--no-check-base) if they share their weights"
+            )
 
 
 def common_shapes(sources: Sequence[Adapter]) -> dict[str, tuple[int, int]]:
@@ -75,6 +119,20 @@ def common_shapes(sources: Sequence[Adapter]) -> dict[str, tuple[int, int]]:
                     f"{adapter.name!r}: they belong to different base models"
                 )
     return {module: size for module, (size, _) in sorted(found.items())}
+
+
+def common_kinds(sources: Sequence[Adapter]) -> dict[str, Kind]:
+    """The kinds of layers that are not linear, on which all adapters must agree."""
+    kinds: dict[str, Kind] = {}
+    for adapter in sources:
+        for module in adapter.shapes:
+            kind = adapter.kinds.get(module, LINEAR)
+            if kinds.setdefault(module, kind) != kind:
+                raise AdapterError(
+                    f"layer {module!r} is {kinds[module].name} {list(kinds[module].kernel)} for another adapter and "
+                    f"{kind.name} {list(kind.kernel)} for {adapter.name!r}: they belong to different base models"
+                )
+    return {module: kind for module, kind in kinds.items() if kind != LINEAR}
 
 
 def layer_ranks(

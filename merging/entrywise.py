@@ -1,7 +1,7 @@
-"""Rules that act on the entries of a few matrices of one shape: trim, drop, elect a sign, average what agrees.
+"""Rules that act on the entries of a few matrices of one shape: trim, drop, elect a sign, add what agrees.
 
-Each is a plain function on stacked tensors [n, o, i], one matrix an adapter. `elementwise` streams them over the
-rows of dense updates, `spectral` applies them to the small matrices of a core.
+`elementwise`, `dropout` and `consensus` stream them over the rows of dense updates, `merged_by_rule` applies
+them to small stacks [n, o, i], such as the matrices of a core.
 """
 
 from collections.abc import Sequence
@@ -14,6 +14,37 @@ from torch import Tensor
 Rule = Literal["sum", "magnitude", "ties", "dare", "dare_ties"]
 CANCELLED = 1e-6
 """A sum smaller than this share of its terms' sizes is zero but for rounding, and has no sign."""
+
+
+class Ballot:
+    """Votes for a sign at each entry, counted one matrix at a time.
+
+    Two sums are enough: T of all votes and P of the positive ones. The negative ones come to T - P, the sizes
+    to 2 P - T, and the votes that agree with the sign of T to P where it is positive and T - P where not.
+
+    Args:
+        like: a tensor of the votes' shape and dtype.
+    """
+
+    def __init__(self, like: Float[Tensor, "..."]):
+        self.total, self.positive = torch.zeros_like(like), torch.zeros_like(like)
+
+    def add(self, votes: Float[Tensor, "..."], weight: float = 1.0) -> None:
+        """Count one matrix of votes, each `weight` times (> 0)."""
+        self.total.add_(votes, alpha=weight)
+        self.positive.add_(votes.relu(), alpha=weight)
+
+    def sizes(self) -> Float[Tensor, "..."]:
+        """The sum of the votes' sizes at each entry."""
+        return 2 * self.positive - self.total
+
+    def sign(self) -> Float[Tensor, "..."]:
+        """The elected sign of each entry: that of the sum, 0 where the votes cancel."""
+        return self.total.sign() * (self.total.abs() > CANCELLED * self.sizes())
+
+    def agreeing(self, sign: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+        """The sum of the votes that have this sign, 0 where it is 0."""
+        return self.positive * sign.relu() + (self.total - self.positive) * (-sign).relu()
 
 
 def keep_largest(deltas: Float[Tensor, "n o i"], density: float) -> Float[Tensor, "n o i"]:
@@ -32,15 +63,12 @@ def keep_random(deltas: Float[Tensor, "n o i"], density: float, seeds: Sequence[
     return deltas * (torch.stack(masks) < density) / density
 
 
-def elected_sign(votes: Float[Tensor, "n o i"]) -> Float[Tensor, "o i"]:
-    """The sign of the sum over adapters for each entry, 0 where the votes cancel."""
-    total = votes.sum(dim=0)
-    return total.sign() * (total.abs() > CANCELLED * votes.abs().sum(dim=0))
-
-
-def agreeing_sum(votes: Float[Tensor, "n o i"], sign: Float[Tensor, "o i"]) -> Float[Tensor, "o i"]:
-    """The sum over the adapters whose entry has the elected sign."""
-    return torch.where(votes.sign() == sign, votes, 0.0).sum(dim=0)
+def agreeing_sum(deltas: Float[Tensor, "n o i"]) -> Float[Tensor, "o i"]:
+    """The sum over the matrices of the entries that have the sign of their sum."""
+    ballot = Ballot(deltas[0])
+    for votes in deltas:
+        ballot.add(votes)
+    return ballot.agreeing(ballot.sign())
 
 
 def merged_by_rule(
@@ -58,7 +86,7 @@ def merged_by_rule(
         deltas = keep_largest(deltas, density)
     elif rule in ("dare", "dare_ties"):
         deltas = keep_random(deltas, density, seeds)
-    return agreeing_sum(deltas, elected_sign(deltas)) if rule.endswith("ties") else deltas.sum(dim=0)
+    return agreeing_sum(deltas) if rule.endswith("ties") else deltas.sum(dim=0)
 
 
 def check_density(density: float) -> None:

@@ -1,7 +1,7 @@
 """All layers of a merge, streamed: what a method asks that decides over the whole model."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from moa.low_rank import LowRank, gram
 T = TypeVar("T")
 
 
+@runtime_checkable
 class Progress(Protocol):
     """Wraps a list of layer names to show how far a pass over them is, as `tqdm.tqdm` and `rich.progress.track` do."""
 

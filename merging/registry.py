@@ -37,6 +37,7 @@ LAWS = {
 }
 GIVEN = {
     "rank": "the rank that the user wants, or None",
+    "run_seed": "the seed that the user gave, for what is drawn once for the whole model",
     "seed": "a number of this layer's own",
     "seeds": "a number for each adapter, of this layer's and that adapter's own",
     "module": "the layer's name",
@@ -120,8 +121,7 @@ class MergeMethod:
 
     def describe(self, option: str) -> str:
         """What the docstring's Args say about an option."""
-        match = re.search(rf"^ +{option}: (.+(?:\n {{8,}}.+)*)", self.doc, re.MULTILINE)
-        return " ".join(match[1].split()) if match else ""
+        return described(self.function, option)
 
     def check_options(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """All options with their defaults; a ValueError names what the method does not take."""
@@ -186,12 +186,33 @@ def find_method(name: str) -> MergeMethod:
     return _METHODS[name]
 
 
+def described(documented: Any, name: str) -> str:
+    """What the Args or Attributes of a docstring say about a name."""
+    match = re.search(rf"^ +{name}: (.+(?:\n {{8,}}.+)*)", inspect.getdoc(documented) or "", re.MULTILINE)
+    return " ".join(match[1].split()) if match else ""
+
+
 def optional(annotation: Any) -> tuple[Any, bool]:
     """The annotation without `| None`, and whether it had one."""
     if get_origin(annotation) in (Union, types.UnionType):
         (inner,) = (a for a in get_args(annotation) if a is not type(None))
         return inner, True
     return annotation, False
+
+
+def option_from_text(method: MergeMethod, option: str, text: str) -> Any:
+    """The value that a text such as "0.4", "model" or "true" stands for; an unknown option keeps its text."""
+    if option not in method.options:
+        return text
+    annotation, may_be_none = optional(method.options[option].annotation)
+    if may_be_none and text.lower() == "none":
+        return None
+    if annotation is bool and text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    try:
+        return annotation(text) if annotation in (int, float) else text
+    except ValueError:
+        return text
 
 
 def _checked(method: str, option: str, value: Any, annotation: Any) -> Any:

@@ -18,6 +18,10 @@ class Source:
         ranks: smallest and largest rank of its layers.
         missing: layers that others adapt and it does not: it counts as leaving them unchanged.
         sha256: hash of its weights file, None for an adapter of a live model.
+        initial: folder of the adapter before training, where its product was taken out.
+        initial_sha256: hash of the weights there.
+        statistics: what the statistics that were used were collected from.
+        merge: the report of the merge that made it, for one without a folder.
     """
 
     name: str
@@ -29,6 +33,10 @@ class Source:
     modules: int
     ranks: tuple[int, int]
     missing: list[str]
+    initial: str | None = None
+    initial_sha256: str | None = None
+    statistics: Mapping[str, Any] | None = None
+    merge: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -58,6 +66,10 @@ class MergeReport:
 
     Attributes:
         rank: the rank asked for, or the rule that chose it; None for the method's own.
+        carried: what the result holds beside its updates, to the layers or parameters that have it.
+        base_weights: the base model that was read for that.
+        check_base: whether adapters of other base models were refused.
+        objective: the examples that judged the weights, where a method looked for them.
         energy_dropped: share of the energy of all layers lost to the rank.
         rounding: relative error from storing the factors in `dtype`, over all layers.
     """
@@ -75,6 +87,10 @@ class MergeReport:
     sources: list[Source]
     layers: dict[str, Layer]
     versions: dict[str, str]
+    carried: dict[str, list[str]] = field(default_factory=dict)
+    base_weights: str | None = None
+    check_base: bool = True
+    objective: dict[str, Any] | None = None
     energy_dropped: float = field(init=False)
     rounding: float = field(init=False)
 
@@ -124,7 +140,7 @@ class MergeReport:
                 _span(*source.ranks),
                 str(source.modules),
                 str(len(source.missing)),
-                (source.sha256 or "live model")[:12],
+                _origin(source),
             )
         return Group(table, *(Text(line) for line in self._lines()))
 
@@ -137,6 +153,10 @@ class MergeReport:
             f"energy dropped by the rank {self.energy_dropped:.2%}, rounding at saving {self.rounding:.1e}",
         ]
         lines += [f"{fact.replace('_', ' ')}: {value:.3g} (median over layers)" for fact, value in self.facts.items()]
+        if self.carried:
+            what = ", ".join(f"{what} ({len(names)})" for what, names in self.carried.items())
+            against = f" against {self.base_weights}" if self.base_weights else ""
+            lines.append(f"carried along as weighted sums{against}: {what}")
         lacking = {s.name: len(s.missing) for s in self.sources if s.missing}
         if lacking:
             names = ", ".join(f"{name} {count}" for name, count in lacking.items())
@@ -146,3 +166,10 @@ class MergeReport:
 
 def _span(least: int, most: int) -> str:
     return str(least) if least == most else f"{least} to {most}"
+
+
+def _origin(source: Source) -> str:
+    """Where an adapter's weights are from, in one column."""
+    if source.sha256:
+        return source.sha256[:12]
+    return f"merged: {source.merge['method']}" if source.merge else "live model"

@@ -11,11 +11,18 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
 
-from moa.adapters import Adapter, check_name, read_adapter
+from moa.adapters import Adapter, AdapterError, check_name, read_adapter
 from moa.base_model import same_base
 from moa.config import FALLBACK
 
 PEFT_KEYS = {"base_model", "model", "base_layer", "weight", "bias", "lora_dropout", *LoraLayer.adapter_layer_names}
+NOT_GATED = {
+    "use_dora": "DoRA also learns a magnitude for every output, so its update is not B @ A alone",
+    "lora_bias": "it trains a bias on lora_B, which B @ A does not hold",
+    "modules_to_save": "it carries whole trained modules, which are no low-rank updates",
+    "trainable_token_indices": "it carries trained token embeddings, which are no low-rank updates",
+}
+"""Settings of PEFT that the gated layer, which adds products B @ A of linear layers, cannot run; merging can."""
 
 
 def assemble(
@@ -59,9 +66,29 @@ def check_adapter_name(base: nn.Module, name: str) -> None:
         )
 
 
+def check_gated(adapter: Adapter) -> None:
+    """Refuse an adapter that is more than `B @ A` on linear layers, which is all that the gated layer adds.
+
+    Raises:
+        AdapterError: the setting or the layer that makes it more.
+    """
+    where = str(adapter.path or f"adapter {adapter.name!r}")
+    for option, reason in NOT_GATED.items():
+        if adapter.config.get(option):
+            raise AdapterError(f"{where} is no plain LoRA because of {option}={adapter.config[option]!r}: {reason}")
+    if adapter.config.get("bias", "none") != "none":
+        raise AdapterError(
+            f"{where} is no plain LoRA because of bias={adapter.config['bias']!r}: it also changed "
+            f"the base model's biases, which B @ A does not hold"
+        )
+    for module, kind in adapter.kinds.items():
+        raise AdapterError(f"{where} adapts the {kind.name} {module!r}, and a mixture gates linear layers only")
+
+
 def _read_finite(path: str | Path, name: str) -> Adapter:
     """Read an adapter and look at every factor once, for PEFT loads NaN without a word."""
     adapter = read_adapter(path, name)
+    check_gated(adapter)
     for module in adapter.modules:
         adapter.modules[module]
     return adapter

@@ -7,9 +7,11 @@ from moa.errors import nearest
 
 COMMANDS = {
     "merge": ("moa.merging.cli", "merge LoRA adapters into one"),
+    "inspect": ("moa.merging.inspection", "compare adapters and say which belong together"),
     "methods": ("moa.merging.catalog", "list the merge methods and their options"),
     "train-lora": ("moa.training.train_lora", "train one LoRA adapter per task"),
     "train-moa": ("moa.training.train_moa", "train the router over trained adapters"),
+    "statistics": ("moa.training.collect_statistics", "collect the input statistics that some merges need"),
     "evaluate": (
         "moa.evaluation.full_evaluation",
         "compare base, adapters, mixture and merges",

@@ -17,6 +17,10 @@ from torch import Tensor
 
 NUMERICAL_RANK_TOLERANCE = 1e-6
 """Singular values below this share of the largest are rounding of float32 factors, not directions."""
+SPAN_TOLERANCE = 1e-7
+"""Directions of unit vectors below this share of the strongest are not told from rounding by a Gram matrix."""
+WEAK = 1e-6
+"""Below this share of the largest eigenvalue of a Gram matrix, an eigenvector has lost digits that matter."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,27 +89,72 @@ class LowRank:
         such form, whatever its factors were. Without `rank`, the numerical rank is kept. Never below rank 1,
         the least that an adapter can store.
         """
-        U, S, V = svd(self)
-        kept = max(1, int((S / S.max() > NUMERICAL_RANK_TOLERANCE).sum())) if S.numel() else 0
-        kept = min(kept, rank) if rank is not None else kept
-        if kept == 0:
-            return LowRank(U.new_zeros(U.shape[0], 1), V.new_zeros(1, V.shape[0])), 0.0
-        U, V, root = U[:, :kept], V[:, :kept], S[:kept].sqrt()
-        largest = V.abs().argmax(dim=0)
-        sign = torch.where(V[largest, torch.arange(kept)] < 0, -1.0, 1.0).to(V.dtype)
-        return LowRank(U * (sign * root), (V * (sign * root)).T), float(S[kept:].square().sum())
+        shared = core([self])
+        return shared.expanded(shared.cores[0], rank)
+
+
+@dataclass(frozen=True, eq=False)
+class Basis:
+    """An orthonormal basis Q of what some vectors span, known as Q = vectors @ into.
+
+    Q is as large as the vectors, and a method wants a few combinations of its columns, not Q: `basis @ X` is
+    Q @ X at the cost of one product of the vectors with a matrix as wide as X.
+
+    Attributes:
+        vectors: [d, R], what spans.
+        into: [R, p], Q = vectors @ into; p is the number of directions that are more than rounding.
+        coordinates: [p, R], vectors = Q @ coordinates.
+    """
+
+    vectors: Float[Tensor, "d R"]
+    into: Float[Tensor, "R p"]
+    coordinates: Float[Tensor, "p R"]
+
+    def __matmul__(self, X: Float[Tensor, "p k"]) -> Float[Tensor, "d k"]:
+        return self.vectors @ (self.into @ X)
+
+    def matrix(self) -> Float[Tensor, "d p"]:
+        """Q itself."""
+        return self.vectors @ self.into
 
 
 class Core(NamedTuple):
-    """Updates in one shared pair of bases: `delta_i = left @ cores[i] @ right.T`, exactly.
+    """Updates in one shared pair of bases: `delta_i = left @ cores[i] @ right^T`.
 
     The cores are as small as the ranks (p, q <= R, the sum of all ranks), and the bases are orthonormal, so
     norms, angles and singular values of the cores are those of the deltas.
+
+    Attributes:
+        left: basis of what the updates write, p directions of size o.
+        updates: the same updates in the coordinates of the bases, [p, r_i] and [r_i, q].
+        right: basis of what they read, q directions of size n.
     """
 
-    left: Float[Tensor, "o p"]
-    cores: Float[Tensor, "N p q"]
-    right: Float[Tensor, "n q"]
+    left: Basis
+    updates: list[LowRank]
+    right: Basis
+
+    @property
+    def cores(self) -> Float[Tensor, "N p q"]:
+        """The updates as small matrices."""
+        return torch.stack([update.delta() for update in self.updates])
+
+    def expanded(self, M: Float[Tensor, "p q"], rank: int | None = None) -> tuple[LowRank, float]:
+        """left @ M @ right^T as an update of at most `rank`, and the energy that this drops.
+
+        Its form is that of `LowRank.truncated`.
+        """
+        U, S, Vh = torch.linalg.svd(M, full_matrices=False)
+        kept = int((NUMERICAL_RANK_TOLERANCE * S[:1] < S).sum())
+        kept = kept if rank is None else min(kept, rank)
+        if kept == 0:
+            (o, _), (n, _) = self.left.vectors.shape, self.right.vectors.shape
+            return LowRank(M.new_zeros(o, 1), M.new_zeros(1, n)), 0.0
+        root = S[:kept].sqrt()
+        B, A = self.left @ (U[:, :kept] * root), (self.right @ (Vh[:kept].T * root)).T.contiguous()
+        largest = A.gather(1, A.abs().argmax(dim=1, keepdim=True))
+        sign = torch.where(largest < 0, -1.0, 1.0).to(A.dtype)
+        return LowRank(B * sign.T, A * sign), float(S[kept:].square().sum())
 
 
 class SVD(NamedTuple):
@@ -139,22 +188,45 @@ def gram(updates: Sequence[LowRank]) -> Float[Tensor, "N N"]:
     return G
 
 
-def core(updates: Sequence[LowRank]) -> Core:
-    """Express updates in bases that span all of them, by one QR of each stack (float64).
+def span(vectors: Float[Tensor, "d R"]) -> Basis:
+    """An orthonormal basis of the columns, from the eigenvectors of their Gram matrix (float64).
 
-    [B_1 .. B_N] = left R_B and [A_1; ..; A_N]^T = right R_A, so cores[i] = R_B[:, i] R_A[:, i]^T.
-    Cost 4 (o + n) R^2 flops, against o n min(o, n) for the dense matrix.
+    With lengths L and the unit columns' Gram matrix V diag(s) V^T, Q = vectors L^-1 V s^-1/2. That is one
+    product of 2 d R^2 flops, in which a QR takes several times as long. Directions below `SPAN_TOLERANCE` of
+    the strongest are dropped, so that what vectors share is there once; products of the basis and the
+    coordinates are exact but for these. A Gram matrix squares the condition number: where a direction that
+    stays is weak, the basis is computed once more from itself (as in CholeskyQR2), to be orthonormal again.
     """
-    whole = stack(updates).to(torch.float64)
-    left, R_B = torch.linalg.qr(whole.B)
-    right, R_A = torch.linalg.qr(whole.A.T)
-    ranks = [u.rank for u in updates]
-    cores = [b @ a.T for b, a in zip(R_B.split(ranks, dim=1), R_A.split(ranks, dim=1), strict=True)]
-    return Core(left, torch.stack(cores), right)
+    vectors = vectors.to(torch.float64)
+    G = vectors.T @ vectors
+    lengths = G.diagonal().sqrt()
+    lengths = torch.where(lengths == 0, 1.0, lengths)
+    s, V = torch.linalg.eigh(G / torch.outer(lengths, lengths))
+    s, V = s[-vectors.shape[0] :], V[:, -vectors.shape[0] :]  # no more directions than rows, strongest last
+    strong = s > SPAN_TOLERANCE**2 * s[-1:]
+    s, V = s[strong], V[:, strong]
+    basis = Basis(vectors, V / s.sqrt() / lengths[:, None], s.sqrt()[:, None] * V.T * lengths)
+    if (s < WEAK * s[-1:]).any():
+        again = span(basis.matrix())
+        return Basis(vectors, basis.into @ again.into, again.coordinates @ basis.coordinates)
+    return basis
+
+
+def core(updates: Sequence[LowRank]) -> Core:
+    """Express updates in bases that span all of them, from one Gram matrix of each stack (float64).
+
+    With [B_1 .. B_N] = left R_B and [A_1; ..; A_N]^T = right R_A, the core of an update is R_Bi R_Ai^T.
+    Cost 2 (o + n) R^2 flops, against o n min(o, n) for the dense matrix.
+    """
+    whole = stack(updates)
+    left, right = span(whole.B), span(whole.A.T)
+    ranks = [update.rank for update in updates]
+    coordinates = zip(left.coordinates.split(ranks, dim=1), right.coordinates.split(ranks, dim=1), strict=True)
+    return Core(left, [LowRank(b, a.T) for b, a in coordinates], right)
 
 
 def svd(update: LowRank) -> SVD:
-    """Thin SVD of an update through its core, at the cost of two thin QRs (float64)."""
-    left, cores, right = core([update])
-    U, S, Vh = torch.linalg.svd(cores[0], full_matrices=False)
+    """Thin SVD of an update through its core (float64)."""
+    left, (small,), right = core([update])
+    U, S, Vh = torch.linalg.svd(small.delta(), full_matrices=False)
     return SVD(left @ U, S, right @ Vh.T)

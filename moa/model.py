@@ -89,7 +89,7 @@ class MoaModel(PeftModelForCausalLM):
         )
         model.moa_router = None
         model.route_state = RouteState(experts=tuple(adapters))
-        install(model, model.route_state)
+        install(model.get_base_model(), model.route_state)
         model.requires_grad_(False)
         return model.eval()
 
@@ -174,7 +174,7 @@ class MoaModel(PeftModelForCausalLM):
         """
         named = not isinstance(routing, Routing)
         weights = (route_names(routing, self.experts) if named else routing).weights
-        with self.route_state.set(weights=weights, off=False, pinned=True, broadcast=not named):
+        with self.route_state.set(weights=weights, off=False, pinned=True, broadcast=not named, crossed=False):
             yield
 
     @contextmanager
@@ -318,7 +318,7 @@ class MoaModel(PeftModelForCausalLM):
 
     def _add(self, name: str, merged: MergeResult) -> None:
         add_to_model(self, name, merged.modules)
-        install(self, self.route_state)
+        install(self.get_base_model(), self.route_state)
 
     def set_fallback(self, method: str = "svd", **options: Any) -> MergeResult:
         """Merge the experts into the adapter at the root of the saved folder, which plain PEFT and vLLM load.

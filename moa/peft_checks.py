@@ -1,7 +1,7 @@
-"""Is this a plain LoRA adapter, and do its config and its tensors tell the same story?
+"""Can this adapter be read, and do its config and its tensors tell the same story?
 
-PEFT's LoraConfig can switch on a dozen things that make an adapter more than `B @ A`. Read as if it were
-plain, such an adapter merges without complaint into a wrong one. So each is refused here, with its reason.
+PEFT's LoraConfig can switch on a dozen things that make an adapter more than `B @ A`. What extras.py can hold is
+read; the rest would be read into a wrong adapter without complaint, so each is refused here, with its reason.
 """
 
 import math
@@ -16,13 +16,8 @@ import torch
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 KEY_PREFIX = "base_model.model."
-FACTOR_KEY = re.compile(re.escape(KEY_PREFIX) + r"(?P<module>.+)\.lora_(?P<factor>[AB])\.weight")
 
 UNSUPPORTED = {
-    "use_dora": "DoRA also learns a magnitude for every output, so its update is not B @ A alone",
-    "lora_bias": "it trains a bias on lora_B, which B @ A does not hold",
-    "modules_to_save": "it carries whole trained modules, which are no low-rank updates",
-    "trainable_token_indices": "it carries trained token embeddings, which are no low-rank updates",
     "layer_replication": "it was trained on a base model with repeated layers",
     "target_parameters": "it adapts bare parameters (fused experts), not linear layers",
     "alora_invocation_tokens": "activated LoRA acts only after its invocation tokens",
@@ -34,7 +29,7 @@ UNSUPPORTED = {
     "monteclora_config": "MonteCLoRA samples its factors",
 }
 # Initialisations that move part of the base weights into the factors: right on that changed base only.
-MUTATING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+MUTATING_INITS = ("pissa", "olora", "corda", "lora_ga")
 # The rest of LoraConfig, which changes training or is read here.
 HARMLESS = {
     "peft_type",
@@ -65,14 +60,11 @@ HARMLESS = {
     "lora_ga_config",
     "qalora_group_size",
     "ensure_weight_tying",
+    "use_dora",
+    "lora_bias",
+    "modules_to_save",
+    "trainable_token_indices",
     "runtime_config",
-}
-BASE_COPY = re.compile(re.escape(KEY_PREFIX) + r"(?P<module>(.+\.)?lm_head)\.base_layer\.weight")
-UNSUPPORTED_TENSORS = {
-    "lora_embedding_": "LoRA on an embedding, and only linear layers are supported",
-    "lora_magnitude_vector": "a DoRA magnitude, whose update is not B @ A alone",
-    ".lora_B.bias": "a bias on lora_B, which B @ A does not hold",
-    ".base_layer.": "a weight of the base model itself, which B @ A does not hold",
 }
 
 
@@ -88,75 +80,40 @@ class Shape(NamedTuple):
     n: int
 
 
-def refuse_unsupported(config: Mapping[str, Any], where: str) -> None:
-    """Raise AdapterError unless the config describes plain LoRA on linear layers."""
+def refuse_unsupported(config: Mapping[str, Any], where: str, *, initial: bool = False) -> None:
+    """Raise AdapterError unless the config describes a LoRA that is read here, as what it is.
+
+    Args:
+        initial: the adapter as it was before training is known too, so that an initialisation which changed the
+            base weights can be taken out again.
+    """
     if config.get("peft_type") != "LORA":
         raise AdapterError(f"{where} is a {config.get('peft_type')} adapter, and only LORA adapters can be read")
     for option, reason in UNSUPPORTED.items():
         if config.get(option):
             raise AdapterError(f"{where} is no plain LoRA because of {option}={config[option]!r}: {reason}")
-    if config.get("bias", "none") != "none":
-        raise AdapterError(
-            f"{where} is no plain LoRA because of bias={config['bias']!r}: it also changed "
-            f"the base model's biases, which B @ A does not hold"
-        )
+    if config.get("bias", "none") not in ("none", "all", "lora_only"):
+        raise AdapterError(f"{where}: bias in the config must be none, all or lora_only, got {config['bias']!r}")
     init = config.get("init_lora_weights")
-    if isinstance(init, str) and init.lower().startswith(MUTATING_INITS):
+    if isinstance(init, str) and init.lower() == "loftq":
+        raise AdapterError(
+            f"{where} was initialised by 'loftq', which replaces the base weights by quantised ones that no adapter "
+            f"holds, so it is wrong on the stock base"
+        )
+    if changes_the_base(config) and not initial:
         raise AdapterError(
             f"{where} was initialised by {init!r}, which changes the base weights, so it is wrong on the "
-            f"stock base: save it with path_initial_model_for_weight_conversion to turn it into plain LoRA"
+            f"stock base: save it with path_initial_model_for_weight_conversion to turn it into plain LoRA, or give "
+            f"the adapter as it was before training (initial=..., --initial)"
         )
-    unknown = sorted(k for k, v in config.items() if v and k not in HARMLESS and k not in UNSUPPORTED)
-    if unknown:
+    known = HARMLESS | set(UNSUPPORTED)
+    if unknown := sorted(k for k, v in config.items() if v and k not in known):
         warnings.warn(f"{where}: ignoring config entries that are not known here: {', '.join(unknown)}", stacklevel=3)
 
 
-def without_base_copies(keys: Iterable[str], where: str) -> list[str]:
-    """Names of the stored tensors, without the base model's head that PEFT stores beside a LoRA on it.
-
-    PEFT freezes that head, so its copy says nothing new. Whether somebody trained it all the same cannot be seen
-    without the base model, which is why the copy is not dropped in silence.
-    """
-    keys = list(keys)
-    copies = [m[0] for m in map(BASE_COPY.fullmatch, keys) if m and f"{KEY_PREFIX}{m['module']}.lora_A.weight" in keys]
-    if copies:
-        warnings.warn(
-            f"{where}: {copies[0]!r} is not read: PEFT stores the base model's own head beside a LoRA on it; if you "
-            f"trained or replaced that head, save it in the base model first",
-            stacklevel=3,
-        )
-    return [key for key in keys if key not in copies]
-
-
-def factor_shapes(sizes: Mapping[str, tuple[int, ...]], where: str) -> dict[str, Shape]:
-    """Module name to sizes, from the stored tensors' names and sizes; every tensor must be half of a pair."""
-    factors: dict[str, dict[str, tuple[int, ...]]] = {}
-    for key, size in sizes.items():
-        match = FACTOR_KEY.fullmatch(key)
-        if match is None:
-            known = (reason for part, reason in UNSUPPORTED_TENSORS.items() if part in key)
-            raise AdapterError(f"{where} holds {key!r}: {next(known, 'not a LoRA factor as PEFT names it')}")
-        factors.setdefault(match["module"], {})[match["factor"]] = tuple(size)
-    if not factors:
-        raise AdapterError(f"{where} holds no LoRA factors")
-    return {module: factor_shape(module, pair, where) for module, pair in sorted(factors.items())}
-
-
-def factor_shape(module: str, pair: Mapping[str, tuple[int, ...]], where: str) -> Shape:
-    """Sizes of one module's pair of factors."""
-    if missing := {"A", "B"} - set(pair):
-        raise AdapterError(f"{where}: {module!r} has no lora_{missing.pop()}, so the adapter is incomplete")
-    A, B = pair["A"], pair["B"]
-    if len(A) != 2 or len(B) != 2:
-        raise AdapterError(
-            f"{where}: the factors of {module!r} have sizes {list(A)} and {list(B)} (a convolution?), and "
-            f"only linear layers are supported"
-        )
-    if A[0] != B[1] or 0 in (*A, *B):
-        raise AdapterError(
-            f"{where}: lora_A {list(A)} and lora_B {list(B)} of {module!r} do not fit: A is [r, in] and B is [out, r]"
-        )
-    return Shape(B[0], A[0], A[1])
+def changes_the_base(config: Mapping[str, Any]) -> bool:
+    """Whether the adapter was initialised by moving part of the base weights into its factors."""
+    return str(config.get("init_lora_weights")).lower().startswith(MUTATING_INITS)
 
 
 def scalings(config: Mapping[str, Any], shapes: Mapping[str, Shape], where: str) -> dict[str, float]:
@@ -185,7 +142,11 @@ def check_targets(config: Mapping[str, Any], modules: Iterable[str], where: str)
     targets, excluded, modules = config.get("target_modules"), config.get("exclude_modules"), list(modules)
     if targets == "all-linear":
         targets = ".*"
-    if unexpected := sorted(m for m in modules if not _matches(m, targets) or _matches(m, excluded)):
+    # PEFT strikes a head that it ties to the adapted embedding from the list, and stores its factors all the same.
+    tied = [m for m in modules if config.get("ensure_weight_tying") and _matches(m, ["lm_head"])]
+    if unexpected := sorted(
+        m for m in modules if m not in tied and (not _matches(m, targets) or _matches(m, excluded))
+    ):
         raise AdapterError(
             f"{where}: the weights hold {unexpected[0]!r} (and {len(unexpected) - 1} more), which the config's "
             f"target_modules and exclude_modules leave out: config and weights are not of one adapter"

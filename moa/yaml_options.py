@@ -49,6 +49,15 @@ def read_options(file: str) -> list[tuple[str, yaml.Node, str]]:
     return [(str(key.value), value, f"{file}, line {_line(key)}") for key, value in root.value]
 
 
+def read_mapping(file: str) -> dict[str, Any]:
+    """The whole file as plain values, as strictly as `read_options`.
+
+    Raises:
+        FileNotFoundError, ValueError: as `read_options`.
+    """
+    return {key: _plain(node, where) for key, node, where in read_options(file)}
+
+
 def environment_of(node: yaml.Node, where: str) -> dict[str, str]:
     """The variables of the `env:` block, their values as written."""
     if isinstance(node, yaml.MappingNode) and all(isinstance(v, yaml.ScalarNode) for _, v in node.value):

@@ -53,7 +53,7 @@ def logits_with(base, updates, tokens):
         return changed(tokens).logits
 
 
-@pytest.mark.parametrize("method", [name for name in methods() if name != "factor_sum"])
+@pytest.mark.parametrize("method", [m.name for m in methods().values() if not m.needs and m.name != "factor_sum"])
 def test_stock_peft_loads_a_merge_with_the_logits_of_its_updates(method, base, saved, tokens, tmp_path):
     result = merge(saved, method, weights=WEIGHTS, output=tmp_path / "out")
     with warnings.catch_warnings():
@@ -63,7 +63,7 @@ def test_stock_peft_loads_a_merge_with_the_logits_of_its_updates(method, base, s
         got = loaded(tokens).logits
     expected = logits_with(base, result.modules, tokens)
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
-    assert (expected - base(tokens).logits).abs().max() > 1e-2
+    assert (expected - base(tokens).logits).abs().max() > 1e-3
 
 
 def test_a_live_model_and_its_saved_adapters_merge_to_the_same_bits(model, saved):

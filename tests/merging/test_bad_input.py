@@ -24,7 +24,7 @@ def refusal(adapters, **options):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"method": "tie"}, "there is no merge method 'tie': the methods are average, .* did you mean 'ties'?"),
+        ({"method": "tie"}, "there is no merge method 'tie': the methods are adamerging, .* did you mean 'ties'?"),
         ({"method": "svd", "density": 0.2}, "svd has no option 'density': it takes none"),
         ({"method": "ties", "densty": 0.2}, "ties has no option 'densty': it takes .* did you mean 'density'"),
         ({"method": "ties", "election": "x"}, "election of ties must be one of total, frequency, got 'x'"),

@@ -154,17 +154,18 @@ def refusal(folder, error=AdapterError):
     [
         ({"peft_type": "LOHA"}, "is a LOHA adapter, and only LORA adapters can be read"),
         ({"peft_type": "ADALORA"}, "is a ADALORA adapter"),
-        ({"use_dora": True}, "because of use_dora=True: DoRA also learns a magnitude"),
-        ({"lora_bias": True}, "because of lora_bias=True"),
-        ({"bias": "all"}, "because of bias='all'"),
-        ({"modules_to_save": ["lm_head"]}, "because of modules_to_save=['lm_head']"),
-        ({"trainable_token_indices": [1]}, "because of trainable_token_indices=[1]"),
+        ({"use_dora": True}, "the config says use_dora=True and the weights hold 0 tensors that belong to it"),
+        ({"lora_bias": True}, "the config says lora_bias=True and the weights hold 0 tensors"),
+        ({"bias": "some"}, "bias in the config must be none, all or lora_only, got 'some'"),
+        ({"modules_to_save": ["lm_head"]}, "the config says modules_to_save=['lm_head'] and the weights hold 0"),
+        ({"trainable_token_indices": [1]}, "the config says trainable_token_indices=[1] and the weights hold 0"),
         ({"layer_replication": [[0, 2]]}, "because of layer_replication"),
         ({"target_parameters": ["experts.w"]}, "because of target_parameters"),
         ({"alora_invocation_tokens": [5]}, "because of alora_invocation_tokens"),
         ({"init_lora_weights": "pissa"}, "initialised by 'pissa', which changes the base weights"),
         ({"init_lora_weights": "pissa_niter_4"}, "initialised by 'pissa_niter_4'"),
         ({"init_lora_weights": "olora"}, "initialised by 'olora'"),
+        ({"init_lora_weights": "loftq"}, "initialised by 'loftq', which replaces the base weights by quantised ones"),
         ({"r": 8}, "the config says rank 8 for"),
         ({"rank_pattern": {"q_proj": 3}}, f"the config says rank 3 for '{Q}' and the tensors have rank 4"),
         ({"r": None}, "r in the config must be a number, got None"),
@@ -186,16 +187,29 @@ def test_an_adapter_that_is_no_plain_lora_or_contradicts_itself_is_refused(chang
         (lambda t: {k: v for k, v in t.items() if f"{Q}.lora_B" not in k}, f"'{Q}' has no lora_B"),
         (lambda t: {k: v for k, v in t.items() if f"{Q}.lora_A" not in k}, f"'{Q}' has no lora_A"),
         (lambda t: {**t, "base_model.model.score.weight": torch.ones(2)}, "'base_model.model.score.weight': not a"),
-        (lambda t: {**t, f"base_model.model.{Q}.lora_magnitude_vector": torch.ones(2)}, "a DoRA magnitude"),
-        (lambda t: {**t, "base_model.model.e.lora_embedding_A": torch.ones(2, 2)}, "LoRA on an embedding"),
-        (lambda t: {**t, f"base_model.model.{Q}.lora_B.bias": torch.ones(2)}, "a bias on lora_B"),
+        (lambda t: {**t, f"base_model.model.{Q}.lora_magnitude_vector": torch.ones(2)}, "use_dora=False and"),
+        (lambda t: {**t, "base_model.model.e.lora_embedding_A": torch.ones(2, 2)}, "'e' has no lora_B"),
+        (
+            lambda t: {**t, f"base_model.model.{Q}.lora_B.bias": torch.ones(2)},
+            "lora_bias=False and the weights hold 1",
+        ),
+        (lambda t: {**t, "base_model.model.lm_head.weight": torch.ones(2)}, "after the vocabulary was resized"),
+        (
+            lambda t: {**t, "base_model.model.e.token_adapter.trainable_tokens_delta": torch.ones(1, 2)},
+            "trainable_token_indices=None and the weights hold 1",
+        ),
+        (lambda t: {**t, f"base_model.model.{Q}.base_layer.bias": torch.ones(2)}, "a weight of the base model itself"),
         (
             lambda t: {**t, f"base_model.model.{Q}.base_layer.weight": torch.ones(2)},
             "a weight of the base model itself",
         ),
         (lambda t: {**t, "base_model.model.lm_head.base_layer.weight": torch.ones(2)}, "a weight of the base"),
         (lambda t: {k: v[:2] if f"{Q}.lora_A" in k else v for k, v in t.items()}, "do not fit"),
-        (lambda t: {k: v[..., None, None] for k, v in t.items()}, "(a convolution?)"),
+        (lambda t: {k: v[..., None] if "lora_A" in k else v for k, v in t.items()}, "do not fit"),
+        (
+            lambda t: {k: (v[:, :2, None] if "lora_B" in k else v[..., None]).clone() for k, v in t.items()},
+            "without groups",
+        ),
         (lambda t: {k: v * float("nan") if Q in k else v for k, v in t.items()}, f"'{Q}' hold NaN or infinite"),
         (lambda t: {k: v / 0 if Q in k else v for k, v in t.items()}, "hold NaN or infinite values"),
         (lambda t: {k: v.to(torch.int8) for k, v in t.items()}, "stores factors as I8"),
@@ -275,15 +289,20 @@ def test_a_config_entry_from_the_future_is_reported(folder):
         read_adapter(folder)
 
 
-def test_a_model_without_that_adapter_or_with_dora_is_refused(base):
-    model = peft_model(base, {**PLAIN, "use_dora": True})
+def test_a_model_without_that_adapter_or_on_a_changed_base_is_refused(base):
+    model = peft_model(base, {**PLAIN, "init_lora_weights": "pissa"})
     with pytest.raises(AdapterError, match="no adapter 'x': it has default"):
         from_model(model, "x")
-    with pytest.raises(AdapterError, match="because of use_dora=True"):
+    with pytest.raises(AdapterError, match="initialised by 'pissa', which changes the base weights"):
         from_model(model, "default")
-    embedding = peft_model(base, {**PLAIN, "target_modules": ["embed_tokens", "q_proj"]})
-    with pytest.raises(AdapterError, match="adapts the embedding 'model.embed_tokens'"):
-        from_model(embedding, "default")
+
+
+def test_an_adapter_whose_name_is_part_of_another_ones_keys_is_read_whole(base):
+    """PEFT saves an adapter by leaving out every key with another adapter's name between dots."""
+    model = peft_model(base, PLAIN)
+    model.add_adapter("0", LoraConfig(**PLAIN, init_lora_weights=False))
+    assert set(from_model(model, "default").modules) == set(from_model(model, "0").modules)
+    assert len(from_model(model, "default").modules) == 4
 
 
 # Writing -----------------------------------------------------------------------------------------------------

@@ -1,0 +1,235 @@
+"""Merges that drop at random: entries with one chance (DARE) or by size (DELLA), or whole rank-1 units.
+
+What is kept is divided by its chance of being kept, so that on average nothing changes. Every adapter draws in
+every layer from a stream of its own, entry after entry, so that neither the other adapters nor the size of the
+blocks matter.
+"""
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from typing import Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from moa.low_rank import LowRank, stack, svd
+from moa.merging.elementwise import ACTS_ON_ENTRIES
+from moa.merging.entrywise import check_density
+from moa.merging.registry import Merged, merge_method
+from moa.merging.streaming import DenseRows, added, elected, recompressed, spanned_rank
+
+DROPS = {
+    "identity": "it drops at random (nothing at density=1)",
+    "duplicates": "each copy draws what it drops for itself",
+}
+SIZE_CLASSES = 2**16
+"""Into as many steps DELLA divides the sizes of a row to rank them, which sorts them in linear time."""
+
+
+@merge_method("dare_linear", paper="https://arxiv.org/abs/2311.03099", breaks=DROPS | ACTS_ON_ENTRIES)
+def dare_linear(
+    updates: Sequence[LowRank],
+    weights: Float[Tensor, " n"],
+    *,
+    rank: int | None = None,
+    seed: int = 0,
+    seeds: Sequence[int],
+    density: float = 0.5,
+) -> Merged:
+    """Drops entries of each update at random, divides the others by the density, and adds up.
+
+    M = sum_i w_i m_i * delta_i / density with m_i ~ Bernoulli(density): on average the weighted sum. The
+    report says how large the noise is against the sum before the result is brought to a rank, by default the
+    number of directions that the updates span together, which removes much of it.
+
+    Args:
+        density: chance of each entry to be kept, in (0, 1].
+
+    Raises:
+        ValueError: a density outside (0, 1].
+    """
+    check_density(density)
+    dense = DenseRows(updates, weights / density)
+    thin = {i: RandomDrop(density, seeds[i]) for i in dense}
+    facts = {"noise_ratio": _noise_ratio(updates, weights, density)}
+    return recompressed(added(dense, thin), rank or spanned_rank(updates), seed, facts)
+
+
+@merge_method("dare_ties", paper="https://arxiv.org/abs/2311.03099", breaks=DROPS | ACTS_ON_ENTRIES)
+def dare_ties(
+    updates: Sequence[LowRank],
+    weights: Float[Tensor, " n"],
+    *,
+    rank: int | None = None,
+    seed: int = 0,
+    seeds: Sequence[int],
+    density: float = 0.5,
+    election: Literal["total", "frequency"] = "total",
+) -> Merged:
+    """Drops entries of each update at random, divides the others by the density, and adds up what agrees.
+
+    DARE in place of the trim of TIES: with D_i = m_i * delta_i / density and m_i ~ Bernoulli(density),
+    sign = sgn(sum_i w_i D_i) and M = sum w_i D_i over the adapters with sgn(w_i D_i) = sign. The result is
+    brought to a rank, by default the number of directions that the updates span together. The report says
+    which share of the kept entries, by size, lost the election.
+
+    Args:
+        density: chance of each entry to be kept, in (0, 1].
+        election: weigh each vote by the entry's size (total) or not (frequency).
+
+    Raises:
+        ValueError: a density outside (0, 1].
+    """
+    check_density(density)
+    dense = DenseRows(updates, weights / density)
+    thin = {i: RandomDrop(density, seeds[i]) for i in dense}
+    matrix, outvoted = elected(dense, thin, weights, election)
+    return recompressed(matrix, rank or spanned_rank(updates), seed, {"outvoted": outvoted})
+
+
+@merge_method("della", paper="https://arxiv.org/abs/2406.11617", breaks=DROPS | ACTS_ON_ENTRIES)
+def della(
+    updates: Sequence[LowRank],
+    weights: Float[Tensor, " n"],
+    *,
+    rank: int | None = None,
+    seed: int = 0,
+    seeds: Sequence[int],
+    density: float = 0.5,
+    epsilon: float = 0.1,
+    election: Literal["total", "frequency", "none"] = "total",
+) -> Merged:
+    """Drops entries at random, small ones more often than large ones, and adds up what agrees.
+
+    The entry that is r-th smallest of the n in its row is kept with chance
+    p = density - epsilon + 2 epsilon (r - 1) / (n - 1), and then divided by p, so that D_i is delta_i on
+    average. Then sign = sgn(sum_i w_i D_i), and M = sum w_i D_i over the adapters with sgn(w_i D_i) = sign.
+    Sizes closer than 2^-16 of the largest in their row rank by column. The result is brought to a rank, by
+    default the number of directions that the updates span together.
+
+    Args:
+        density: mean chance of an entry to be kept, in (0, 1].
+        epsilon: how far the chances of the smallest and the largest entry of a row are from that.
+        election: weigh each vote by the entry's size (total) or not (frequency), or add up everything (none).
+
+    Raises:
+        ValueError: chances outside (0, 1].
+    """
+    check_density(density)
+    if epsilon < 0 or not 0 < density - epsilon <= density + epsilon <= 1:
+        raise ValueError(
+            f"density - epsilon and density + epsilon are chances and must be in (0, 1], got {density} and "
+            f"{epsilon}: choose an epsilon from 0 to below {min(density, 1 - density):g}"
+        )
+    dense = DenseRows(updates, weights)
+    thin = {i: DropBySize(density, epsilon, seeds[i]) for i in dense}
+    rank = rank or spanned_rank(updates)
+    if election == "none":
+        return recompressed(added(dense, thin), rank, seed)
+    matrix, outvoted = elected(dense, thin, weights, election)
+    return recompressed(matrix, rank, seed, {"outvoted": outvoted})
+
+
+@merge_method("dare_rank", breaks=DROPS)
+def dare_rank(
+    updates: Sequence[LowRank],
+    weights: Float[Tensor, " n"],
+    *,
+    rank: int | None = None,
+    seeds: Sequence[int],
+    density: float = 0.5,
+) -> Merged:
+    """Drops whole ranks of each update at random, divides the others by the density, and adds up.
+
+    With delta_i = sum_j S_j u_j v_j^T its singular value decomposition, each term is kept with chance
+    `density` and divided by it: on average the weighted sum, as with DARE, but every draw keeps a low rank,
+    and no noise is lost or added by fitting it into one.
+
+    Args:
+        density: chance of each rank to be kept, in (0, 1].
+
+    Raises:
+        ValueError: a density outside (0, 1].
+    """
+    check_density(density)
+    thinned = []
+    for update, w, seed in zip(updates, weights.tolist(), seeds, strict=True):
+        U, S, V = svd(update)
+        kept = Draws(seed).uniform(S.shape) < density
+        thinned.append(LowRank(U[:, kept] * S[kept], V[:, kept].T).scaled(w / density))
+    return Merged(
+        *stack(thinned).truncated(rank),
+        facts={"noise_ratio": _noise_ratio(updates, weights, density)},
+    )
+
+
+class Draws:
+    """A stream of uniform random numbers, the same on every machine, however many are drawn at a time.
+
+    numpy's SFC64 makes 64 bits in the time that torch's generator takes for 10, and its raw stream is fixed.
+    """
+
+    def __init__(self, seed: int):
+        self._bits = np.random.SFC64(seed)
+
+    def uniform(self, shape: Sequence[int]) -> Tensor:
+        """Multiples of 2^-24 in [0, 1), float32; rows start anew in the stream at a whole word."""
+        *rows, n = shape
+        raw = self._bits.random_raw((*rows, -(-n // 2))).view(np.int32)[..., :n]
+        return (torch.from_numpy(raw) >> 8).to(torch.float32).mul_(2.0**-24).add_(0.5)
+
+
+class RandomDrop:
+    """Keeps each entry with the same chance. What is left is not divided by it."""
+
+    def __init__(self, density: float, seed: int):
+        self.density, self.draws = density, Draws(seed)
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        drawn = self.draws.uniform(rows.shape)
+        return rows.mul_(torch.lt(drawn, self.density, out=drawn))
+
+
+class DropBySize:
+    """Keeps the larger entries of a row with a larger chance, and divides each by its own."""
+
+    def __init__(self, density: float, epsilon: float, seed: int):
+        self.density, self.epsilon, self.draws = density, epsilon, Draws(seed)
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        chances = torch.empty_like(rows)
+        ranked = self._chances(rows.shape[1]).expand_as(rows)
+        chances.scatter_(1, ascending(rows.abs()), ranked)
+        drawn = self.draws.uniform(rows.shape)
+        return rows.mul_(torch.lt(drawn, chances, out=drawn)).div_(chances)
+
+    def _chances(self, n: int) -> Tensor:
+        """[n] from density - epsilon for the smallest entry of a row to density + epsilon for the largest."""
+        steps = torch.linspace(-1, 1, n) if n > 1 else torch.zeros(1)
+        return (self.density + self.epsilon * steps).to(torch.float32)
+
+
+def ascending(sizes: Tensor) -> Tensor:
+    """[b, n] the columns of each row from its smallest to its largest entry.
+
+    By numpy's radix sort of 16 bits, four times as fast as a sort of floats, on as many threads as torch has.
+    """
+    largest = sizes.amax(dim=1, keepdim=True).clamp_(min=torch.finfo().tiny)
+    classes = (sizes * ((SIZE_CLASSES - 1) / largest)).to(torch.int32).numpy().astype(np.uint16)
+    parts = np.array_split(classes, torch.get_num_threads())
+    return torch.from_numpy(np.concatenate([*_threads().map(lambda part: part.argsort(axis=1, kind="stable"), parts)]))
+
+
+@cache
+def _threads() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(thread_name_prefix="sorting")
+
+
+def _noise_ratio(updates: Sequence[LowRank], weights: Tensor, density: float) -> float:
+    """sqrt((1 - density) / density sum_i ||w_i delta_i||^2) / ||sum_i w_i delta_i||, the expected error."""
+    weighted = [update.scaled(w) for update, w in zip(updates, weights.tolist(), strict=True)]
+    noise = (1 - density) / density * sum(update.norm() ** 2 for update in weighted)
+    return noise**0.5 / max(stack(weighted).norm(), torch.finfo().tiny)

@@ -1,0 +1,203 @@
+"""Exact thresholds over more entries than are ever held: the k-th largest entry of a layer, or of a whole adapter.
+
+A sample of the entries gives a bracket around the k-th largest. One pass over all entries then counts those
+above the bracket and keeps the few inside, among which the k-th largest is found exactly. Should the bracket
+have missed it, the pass is repeated with a wider one.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import hardshrink
+
+from moa.merging.layers import Layers
+from moa.merging.streaming import DenseRows, Thinning
+
+LAYER_SAMPLE, MODEL_SAMPLE = 2**16, 2**20
+"""Entries of each adapter that are drawn to set a bracket, over one layer or over all."""
+DEVIATIONS = 5.0
+"""Half the width of the first bracket, in standard deviations of the sample's quantile."""
+
+Stream = Callable[[], Iterator[tuple[str, DenseRows]]]
+"""Starts a pass over the layers that share a threshold."""
+
+
+class Cut(NamedTuple):
+    """How many entries to keep: floor(density * total) of them, after the floor(outliers * total) largest."""
+
+    density: float
+    outliers: float = 0.0
+
+    def counts(self, total: int) -> list[int]:
+        """How many largest entries to keep, and, where there are outliers, how many largest of those to remove."""
+        kept = int(self.density * total)
+        top = min(int(self.outliers * total), total - kept)
+        return [kept + top, top] if self.outliers > 0 else [kept]
+
+
+class Trim(NamedTuple):
+    """The largest entries of a matrix: those above a size, and the first `ties` of the `equal` that have it."""
+
+    size: float
+    ties: int
+    equal: int
+
+    def thinning(self) -> Thinning:
+        """A fresh function for one pass over the rows."""
+        size = np.float32(self.size)
+        if self.ties == 0 or self.ties == self.equal:
+            floor = float(np.nextafter(size, np.float32(0)) if self.ties else size)
+            return lambda rows: hardshrink(rows, floor)
+        left = self.ties
+
+        def thin(rows: Tensor) -> Tensor:
+            nonlocal left
+            tied = rows.abs() == self.size
+            first = tied & (tied.flatten().cumsum(0).view_as(tied) <= left)
+            left -= int(first.sum())
+            return hardshrink(rows, self.size) + rows * first
+
+        return thin
+
+
+def thinnings(dense: DenseRows, cut: Cut, layers: Layers | None = None, module: str = "") -> dict[int, Thinning]:
+    """For each adapter of a layer what cuts it, by its entries in this layer, or in all `layers`."""
+    if layers is not None:
+        found = layers.once(model_trims, cut)
+    else:
+        found = trims(lambda: iter([(module, dense)]), cut, math.prod(dense.shape), LAYER_SAMPLE)
+    return {i: _between(*found[module, i]) for i in dense}
+
+
+def model_trims(layers: Layers, cut: Cut) -> dict[tuple[str, int], list[Trim]]:
+    """The trims of all layers, each adapter's entries compared over all layers that it changes."""
+
+    def stream() -> Iterator[tuple[str, DenseRows]]:
+        for module, updates in layers.streamed("finding thresholds"):
+            yield module, DenseRows(updates, layers.weights)
+
+    return trims(stream, cut, sum(o * n for o, n in layers.shapes.values()), MODEL_SAMPLE)
+
+
+def trims(stream: Stream, cut: Cut, entries: int, sample: int) -> dict[tuple[str, int], list[Trim]]:
+    """By layer and adapter the trims at each of the cut's counts.
+
+    Args:
+        entries: how many entries the layers have together.
+        sample: about how many of them to draw; with no more than these, none are, and all are held.
+    """
+    samples: dict[int, list[np.ndarray]] = {}
+    total: dict[int, int] = {}
+    present: dict[str, list[int]] = {}
+    for module, dense in stream():
+        present[module] = list(dense)
+        places = sampled_places(dense.shape, entries, sample)
+        for i in dense:
+            samples.setdefault(i, []).append(dense.entries(i, *places).abs().numpy())
+            total[i] = total.get(i, 0) + math.prod(dense.shape)
+    searches = {
+        i: [Search(i, count, total[i], np.concatenate(samples[i]), floor=0.0) for count in cut.counts(total[i])]
+        for i in total
+    }
+    settle([search for of in searches.values() for search in of], lambda: _sizes(stream))
+    return {(module, i): [s.trim(module) for s in searches[i]] for module in present for i in present[module]}
+
+
+def sampled_places(shape: tuple[int, int], entries: int, sample: int) -> tuple[Tensor, Tensor]:
+    """Rows and columns of a layer's share of the sample, the same each time; none where all entries can be held."""
+    count = math.ceil(sample * math.prod(shape) / entries) if entries > sample else 0
+    generator = torch.Generator().manual_seed(0)
+    rows, columns = (torch.randint(size, (count,), generator=generator) for size in shape)
+    return rows, columns
+
+
+Values = Callable[[], Iterator[tuple[str, int, np.ndarray]]]
+"""Starts a pass over all values: layer, adapter, and some of that adapter's values there."""
+
+
+class Search:
+    """Looks for the count-th largest of one adapter's values.
+
+    Args:
+        sample: some of the values, in any order; with none, all values are held.
+        floor: values not above it are of no interest; where that leaves fewer than `count`, it is the result.
+    """
+
+    def __init__(self, adapter: int, count: int, total: int, sample: np.ndarray, floor: float = -math.inf):
+        self.adapter, self.count, self.floor = adapter, count, floor
+        self.share, self.sample = count / total, sample
+        self.size = math.inf
+        self._bracket(DEVIATIONS)
+
+    def _bracket(self, deviations: float) -> None:
+        m = len(self.sample)
+        margin = (deviations * math.sqrt(self.share * (1 - self.share) / m) + 2 / m) if m else 1.0
+        high, low = math.ceil((1 - self.share + margin) * m), math.floor((1 - self.share - margin) * m)
+        ordered = np.partition(self.sample, [at for at in (low, high) if 0 < at < m]) if m else self.sample
+        self.deviations = deviations
+        self.high = float(ordered[high]) if high < m else math.inf
+        self.low = max(float(np.nextafter(ordered[low], -np.inf)) if low > 0 else -math.inf, self.floor)
+        self.above = 0
+        self.inside: dict[str, list[np.ndarray]] = {}
+
+    def see(self, module: str, values: np.ndarray) -> None:
+        """Count what is above the bracket, keep what is inside."""
+        over = values > self.high
+        self.above += int(np.count_nonzero(over))
+        self.inside.setdefault(module, []).append(values[(values > self.low) & ~over])
+
+    def settled(self) -> bool:
+        """Whether the bracket held the count-th largest, now `size`; otherwise it is wider for the next pass."""
+        if self.count == 0:
+            return True
+        found = np.concatenate([values for parts in self.inside.values() for values in parts])
+        needed = self.count - self.above
+        if needed <= 0 or (needed > len(found) and self.low > self.floor):
+            self._bracket(4 * self.deviations)
+            return False
+        if needed > len(found):
+            self.size = self.floor
+        else:
+            at = len(found) - needed
+            found.partition(at)
+            self.size = float(found[at])
+            self.ties = needed - int(np.count_nonzero(found > self.size))
+        return True
+
+    def trim(self, module: str) -> Trim:
+        """The cut of one layer; to be asked for in the order of the pass, whose first ties are kept."""
+        if self.size in (math.inf, self.floor):
+            return Trim(self.size, 0, 0)
+        equal = sum(int(np.count_nonzero(values == np.float32(self.size))) for values in self.inside[module])
+        ties = min(equal, self.ties)
+        self.ties -= ties
+        return Trim(self.size, ties, equal)
+
+
+def settle(searches: Sequence[Search], values: Values) -> None:
+    """Passes over the values until every search has found its size: one, but for a chance of one in a million."""
+    while searches:
+        for module, adapter, some in values():
+            for search in searches:
+                if search.adapter == adapter:
+                    search.see(module, some)
+        searches = [search for search in searches if not search.settled()]
+
+
+def _sizes(stream: Stream) -> Iterator[tuple[str, int, np.ndarray]]:
+    for module, dense in stream():
+        for block in dense.blocks():
+            for i in dense:
+                yield module, i, dense.rows(i, block).abs_().numpy().ravel()
+
+
+def _between(most: Trim, outliers: Trim | None = None) -> Thinning:
+    keep = most.thinning()
+    if outliers is None:
+        return keep
+    remove = outliers.thinning()
+    return lambda rows: keep(rows) - remove(rows)

@@ -1,0 +1,110 @@
+"""`moa inspect`: tables, JSON, a folder with a picture, and one sentence for bad input."""
+
+import io
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from matplotlib.image import imread
+from rich.console import Console
+
+from moa.merging.geometry import geometry
+from moa.merging.geometry_picture import draw
+from moa.merging.inspection import main, tables
+
+Q = "model.layers.0.self_attn.q_proj"
+
+
+def printed(found, width=120):
+    console = Console(width=width, record=True, file=io.StringIO())
+    console.print(tables(found), highlight=False)
+    return console.export_text()
+
+
+def test_the_console_shows_adapters_pairs_and_a_suggestion(folders, capsys):
+    main([*map(str, folders), "--weights", "1", "-0.5", "1"])
+    out = capsys.readouterr().out
+    assert all(word in out for word in ("adapters", "cosine", "input overlap", "sign conflict", "-0.5"))
+    assert "the weighted sum cancels" in out and "suggestion:" in out
+
+
+def test_json_is_what_the_function_returns_and_nothing_else(folders, capsys):
+    main([*map(str, folders), "--weights", "1", "0.5", "1", "--json"])
+    assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(geometry(folders, [1, 0.5, 1]).to_dict()))
+
+
+def test_output_is_a_folder_with_the_numbers_and_a_picture(folders, tmp_path, capsys):
+    main([*map(str, folders), "--output", str(tmp_path / "new" / "out")])
+    assert sorted(file.name for file in (tmp_path / "new").iterdir()) == ["out"]
+    assert sorted(file.name for file in (tmp_path / "new" / "out").iterdir()) == ["geometry.json", "geometry.png"]
+    stored = json.loads((tmp_path / "new" / "out" / "geometry.json").read_text())
+    assert stored["names"] == ["a", "b", "c"] and len(stored["layers"]) == 3
+    picture = imread(tmp_path / "new" / "out" / "geometry.png")
+    assert picture.shape[0] > 500 and len(np.unique(picture[..., 0])) > 20
+
+
+def test_the_picture_holds_the_numbers_in_the_order_of_the_tree(adapters):
+    found = geometry([adapters[0], adapters[2], adapters[0]])
+    cosines, overlaps, groups, cancelled = draw(found).axes
+    order = [label.get_text() for label in cosines.get_yticklabels()]
+    assert order == [label.get_text() for label in overlaps.get_yticklabels()]
+    assert order == [label.get_text() for label in sorted(groups.get_yticklabels(), key=lambda t: t.get_position()[1])]
+    assert groups.yaxis_inverted() and cosines.yaxis_inverted()  # both from top to bottom
+    texts = {text.get_position(): text.get_text() for text in cosines.texts}
+    column, row = order.index("a"), order.index("a#2")
+    assert abs(column - row) == 1 and texts[column, row] == "1.00" and (row, row) not in texts
+    assert [line.get_label() for line in cancelled.lines] == ["down_proj", "q_proj", "v_proj", "if orthogonal"]
+
+
+def test_what_is_undefined_is_a_dash(adapters):
+
+    alone = replace(
+        adapters[2], name="alone", modules={"other": adapters[2].modules["model.layers.0.self_attn.q_proj"]}
+    )
+    found = geometry([adapters[0], alone])
+    (row,) = (line for line in printed(found).splitlines() if "a " in line and "alone" in line and "0.000" in line)
+    assert row.count("- ") == 3
+    draw(found)
+
+
+def test_of_many_pairs_only_the_most_and_least_alike_are_shown(adapters):
+    many = printed(geometry([adapters[index % 3] for index in range(9)]))
+    assert "the 14 pairs most alike and the 14 least (--json has all)" in many
+    assert many.count("1.000 │         1.000 │          1.000") == 9
+
+
+def test_layers_that_cancel_more_than_orthogonal_ones_are_named(adapters):
+    found = geometry(adapters, [1, -1, 1])
+    excess = {m: of.cancellation - of.cancellation_if_orthogonal for m, of in found.layers.items()}
+    worst = max(excess, key=excess.get)
+    text = printed(found, width=400)
+    assert excess[worst] > 0
+    assert f"more than orthogonal updates would in {worst} ({found.layers[worst].cancellation:.1%})" in text
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda words: words[:1], "geometry compares adapters and needs at least two, got 1"),
+        (lambda words: [*words, "nowhere"], "there is no adapter folder nowhere: check the path"),
+        (lambda words: [*words, "--weights", "1"], "weights must be one for each adapter: got 1 for 3 adapters"),
+        (lambda words: [*words, "--weigths", "1"], "unknown option --weigths; did you mean '--weights'?"),
+        (lambda words: [*words, "--output", words[0]], "exists already: choose another output folder"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_status_2(change, message, folders, refusal):
+    assert message in refusal(main, change([*map(str, folders)]))
+
+
+def test_adapters_of_other_base_models_are_refused_unless_told_otherwise(folders, edit_config, refusal, capsys):
+    edit_config(folders[1], base_model_name_or_path="other/base")
+    assert "'tiny/base'" in refusal(main, [*map(str, folders)])
+    main([*map(str, folders), "--no-check-base"])
+    assert "suggestion" in capsys.readouterr().out
+
+
+def test_help_has_examples(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert "examples:\n  moa inspect" in capsys.readouterr().out
