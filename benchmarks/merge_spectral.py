@@ -1,4 +1,4 @@
-"""Spectral merges from disk to disk: seconds, memory, error to dense float64 references; PEFT's svd beside them.
+"""Spectral and clustered merges from disk to disk: seconds, memory, error to dense float64 references; PEFT's svd beside them.
 
     python benchmarks/merge_spectral.py                                  # 7 rank-8 adapters, Qwen2-1.5B's shapes
     python benchmarks/merge_spectral.py --shape llama3-8b --methods svd knots tsv
@@ -49,7 +49,7 @@ SHAPES = {
     "qwen2-1.5b": Shape(1536, 8960, 256, layers=28, adapters=7, rank=8),
     "llama3-8b": Shape(4096, 14336, 1024, layers=32, adapters=8, rank=16),
 }
-METHODS = ["svd", "knots", "core_space", "tsv", "iso_c", "iso_cts", "ctm", "wudi", "pico"]
+METHODS = ["svd", "knots", "core_space", "tsv", "iso_c", "iso_cts", "ctm", "wudi", "pico", "lego", "lego_gauge_safe"]
 
 
 def main() -> None:
@@ -160,6 +160,8 @@ def compare(folder: Path, method: str, shape: Shape, count: int) -> tuple[float,
     sources = [read_adapter(folder / f"adapter{i}", dtype=torch.float64) for i in range(shape.adapters)]
     merged = read_adapter(folder / "merged", dtype=torch.float64)
     errors, rank = [0.0], merged.shapes[next(iter(merged.shapes))].r
+    if method not in REFERENCES:  # k-means has no closed form
+        return math.nan, rank
     for name, _ in narrowest:
         got = merged.modules[name]
         deltas = torch.stack([source.modules[name].delta() / shape.adapters for source in sources])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +18,7 @@ from moa.evaluation.scale import choose_scale
 from moa.evaluation.systems import System, adapter_cost, experts_fingerprint, merge_system
 from moa.merging import MergeMethod, find_method
 from moa.merging.registry import option_from_text
-from moa.merging.statistics import STATISTICS_FILE
+from moa.merging.statistics import STATISTICS_FILE, read_statistics
 from moa.model import MoaModel
 from moa.tasks import Example
 
@@ -48,11 +49,28 @@ class AskedMerge:
             option, equals, value = setting.partition("=")
             if not equals:
                 raise ValueError(f"--methods {spec!r}: options are written {name}:option=value, got {setting!r}")
+            if option in options:
+                raise ValueError(f"--methods {spec!r} gives {option} twice: keep one")
             options[option] = value
-        rank = options.pop("rank", None)
+        rank = _rank(spec, method, options.pop("rank", None))
         read = {option: option_from_text(method, option, value) for option, value in options.items()}
-        method.check_options(read)
-        return cls(spec, method, read, int(rank) if rank and rank.isdigit() else rank)
+        try:
+            method.check_options(read)
+        except TypeError as error:  # in a text, a wrong type is a wrong value
+            raise ValueError(str(error)) from error
+        return cls(spec, method, read, rank)
+
+
+def _rank(spec: str, method: MergeMethod, text: str | None) -> int | str | None:
+    if text is None or text in ("auto", "full"):
+        rank: int | str | None = text
+    elif text.isdecimal() and int(text) > 0:
+        rank = int(text)
+    else:
+        raise ValueError(f"--methods {spec!r}: rank must be a whole number from 1, auto or full, got {text!r}")
+    if rank is not None and "rank" not in method.parameters:
+        raise ValueError(f"--methods {spec!r}: {method.name} keeps every rank it is given and takes no rank")
+    return rank
 
 
 def merge_systems(
@@ -74,7 +92,7 @@ def merge_systems(
     texts = [[example.prompt + example.answer for example in examples] for examples in validation]
     for index, asked in enumerate(merges):
         adapter = f"merge_{index}"
-        make = partial(_make, model, asked, adapter, needs)
+        make, data = partial(_make, model, asked, adapter, needs), _described(asked, needs)
         tried_scales = [] if asked.method.name in UNSCALED else sorted(scales)
 
         def choose(make=make, adapter=adapter, tried_scales=tried_scales) -> dict[str, Any]:
@@ -84,9 +102,9 @@ def merge_systems(
                 scale, tried = choose_scale(model, tokenizer, adapter, validation, tried_scales)
             return {"scale": scale, "nll": tried, "cost": adapter_cost(model, [adapter])}
 
-        question = [experts_fingerprint(model), asked.spec, tried_scales, texts]
+        question = [experts_fingerprint(model), asked.spec, tried_scales, texts, data]
         choice = kept.get(f"scale-{asked.spec}", question, choose)
-        yield merge_system(model, adapter, make, asked.spec, choice)
+        yield merge_system(model, adapter, make, asked.spec, choice, data)
         if adapter in model.peft_config:
             model.delete_adapter(adapter)
 
@@ -106,6 +124,16 @@ def _make(model: MoaModel, asked: AskedMerge, adapter: str, needs: Mapping[str, 
     )
 
 
+def _described(asked: AskedMerge, needs: Mapping[str, Any]) -> str:
+    """What the merge depends on beside the experts; nothing for most methods."""
+    about = []
+    if "statistics" in asked.method.needs:
+        about.append([dict(statistics.about) for statistics in needs["statistics"]])
+    if "objective" in asked.method.needs:
+        about.append(needs["objective"].describe())
+    return json.dumps(about, sort_keys=True) if about else ""
+
+
 def needs_of(
     merges: Sequence[AskedMerge],
     model: MoaModel,
@@ -116,14 +144,24 @@ def needs_of(
     """What the methods need beside the experts: statistics from the mixture's folders, an objective on few examples.
 
     Args:
-        few_shot: examples of each task by its name.
+        few_shot: examples of each task by its name; a task that is called like an expert is that expert's own.
+
+    Raises:
+        FileNotFoundError, ValueError: statistics that are not there or not readable, or distillation on a task that
+            is no expert's. Both are found before anything is scored.
     """
     asked_for = {need for asked in merges for need in asked.method.needs}
     needs: dict[str, Any] = {}
     if "statistics" in asked_for:
-        needs["statistics"] = [mixture / name / STATISTICS_FILE for name in model.experts]
+        needs["statistics"] = [read_statistics(mixture / name / STATISTICS_FILE) for name in model.experts]
     if "objective" in asked_for:
         from moa.model_objective import ModelObjective
 
+        strangers = [task for task in few_shot if task not in model.experts]
+        if strangers and any(asked.method.name == "distillation" for asked in merges):
+            raise ValueError(
+                f"distillation learns what each expert answers on its own task, and {strangers[0]!r} is the task of "
+                f"none of {', '.join(model.experts)}: leave it out of --tasks, or distillation out of --methods"
+            )
         needs["objective"] = ModelObjective(model, tokenizer, few_shot)
     return needs

@@ -91,6 +91,7 @@ def _cell(
             **score_cell(task, examples, answered),
             "routed": list(system.routed),
             "answers": [answer.generated for answer in answered],
+            "nll_per_example": [answer.nll / answer.answer_tokens for answer in answered],
             "seconds": time.perf_counter() - started,
         }
 

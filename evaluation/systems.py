@@ -51,12 +51,13 @@ def expert_system(model: MoaModel, expert: str) -> System:
 
 
 def merge_system(
-    model: MoaModel, adapter: str, make: Callable[[], None], spec: str, choice: Mapping[str, Any]
+    model: MoaModel, adapter: str, make: Callable[[], None], spec: str, choice: Mapping[str, Any], data: str = ""
 ) -> System:
     """A merge of the experts, which `make` loads into the model as `adapter` when it is first used.
 
     Args:
         choice: the `scale`, the validation likelihood of each that was tried (`nll`), and the merge's `cost`.
+        data: what the merge depends on beside the experts, such as the statistics that it reads.
     """
     scale, tried = choice["scale"], {float(scale): nll for scale, nll in choice["nll"].items()}
 
@@ -69,7 +70,7 @@ def merge_system(
     return System(
         f"merge:{spec}",
         "merge",
-        f"{experts_fingerprint(model)} {spec} {scale}",
+        f"{experts_fingerprint(model)} {spec} {scale}{data}",
         activate,
         choice["cost"],
         note=f"scale {scale:g}" + (" chosen on validation" if tried else ""),

@@ -168,7 +168,7 @@ def fisher(
     statistics: Sequence[LayerStatistics | None],
     module: str = "",
     rank: int | None = None,
-    normalise: bool = True,
+    balanced: bool = True,
     eps: float = 1e-6,
 ) -> Merged:
     """The mean of the updates, each row weighed by how much each adapter's answers depend on it.
@@ -179,7 +179,7 @@ def fisher(
     phi it is the weighted mean. An adapter without statistics here is left out.
 
     Args:
-        normalise: divide each phi_i by its mean, so that no adapter wins by being less sure of its answers.
+        balanced: divide each phi_i by its mean, so that no adapter wins by being less sure of its answers.
         eps: share of the mean of all phi that is added to each: rows that nothing depends on are averaged.
 
     Raises:
@@ -191,7 +191,7 @@ def fisher(
     if any(of.fisher is None for _, _, of in members):
         raise ValueError(f"the statistics of layer {module!r} hold no gradients: collect them with --fisher true")
     phi = torch.stack([of.fisher.to(torch.float64) for _, _, of in members])
-    if normalise:
+    if balanced:
         phi = phi / phi.mean(dim=1, keepdim=True).clamp(min=torch.finfo(phi.dtype).tiny)
     phi = phi + eps * (phi.mean() if phi.any() else 1.0)
     w = phi.new_tensor([w for _, w, _ in members])[:, None]

@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 
-from moa.adapters import Adapter, AdapterError, Extras, Kind, check_name, write_adapter
+from moa.adapters import Adapter, Extras, Kind, check_name, write_adapter
 from moa.low_rank import LowRank, inner
 from moa.merging.carried import beside_updates, check_carried
 from moa.merging.checks import (
     agreed,
+    check_output,
     check_same_base,
     checked_dtype,
     checked_weights,
@@ -25,10 +26,11 @@ from moa.merging.checks import (
     read_all,
 )
 from moa.merging.layers import Layers, Progress, no_progress
+from moa.merging.provenance import described_sources, seen_from
 from moa.merging.ranks import RankRule, chosen_ranks, padded
 from moa.merging.registry import Merged, MergeMethod, find_method
-from moa.merging.report import REPORT_FILE, Layer, MergeReport, Source
-from moa.merging.statistics import Given, LayerStatistics, Statistics, statistics_of
+from moa.merging.report import CANCELLED, REPORT_FILE, Layer, MergeReport
+from moa.merging.statistics import Given, LayerStatistics, statistics_of
 from moa.peft_checks import widest
 
 
@@ -129,8 +131,8 @@ def merge(
     options = chosen.check_options(options)
     if name is not None:
         check_name(name)
-    if output is not None and Path(output).exists():
-        raise AdapterError(f"{output} exists already: choose another output folder, or remove it first")
+    if output is not None:
+        check_output(output)
     if not math.isfinite(scale) or scale == 0:
         raise ValueError(f"scale must be a finite number other than 0, got {scale}")
     wanted = None if dtype is None else checked_dtype(dtype)
@@ -143,15 +145,22 @@ def merge(
     shapes, kinds = common_shapes(merging), common_kinds(merging)
     check_carried(merging, chosen, kinds, base)
     rule = RankRule() if rank == "auto" else rank
+    reads_statistics = "statistics" in chosen.needs or (isinstance(rule, RankRule) and rule.by == "loss")
+    _check_used("statistics", statistics, reads_statistics, chosen)
+    _check_used("objective", objective, "objective" in chosen.needs, chosen)
     ranks = layer_ranks("full" if isinstance(rule, RankRule) else rule, chosen, merging, shapes)
     stored_dtype = wanted or widest(a.dtype for a in merging)
     used = torch.tensor([weights[i] for i in weighted], dtype=torch.float64)
     extras, dora, base_name = beside_updates(
         merging, used, chosen, scale=scale, base=base, kinds=kinds, dtype=stored_dtype
     )
+    if restore_norm and extras:
+        raise ValueError(
+            f"restore_norm changes the updates alone, and these adapters hold {', '.join(extras.names)} too: use scale"
+        )
     layers = Layers(dora.adapters if dora else merging, used, shapes, progress)
     known = None
-    if "statistics" in chosen.needs or (isinstance(rule, RankRule) and rule.by == "loss"):
+    if reads_statistics:
         known = _known_statistics(layers, statistics, len(sources), weighted)
     given = _for_layers(chosen, layers, seed, known, objective)
     stored_ranks = {}
@@ -168,7 +177,7 @@ def merge(
             merged = replace(merged, update=padded(merged.update, stored_ranks[module]))
         gain = scale * (_norm_restoring(updates, merged) if restore_norm else 1.0)
         rows = dora.gain(module, gain) if dora else None
-        modules[module], reports[module] = _stored(merged, gain, rows, stored_dtype, sum(u.rank for u in updates))
+        modules[module], reports[module] = _stored(merged, gain, rows, stored_dtype, updates, layers.weights)
         if dora:
             magnitudes[module] = dora.magnitude(module, modules[module], rows)
     extras = replace(extras, magnitude=magnitudes)
@@ -185,7 +194,8 @@ def merge(
         options=options,
         check_base=check_base,
         objective=objective.describe() if "objective" in chosen.needs else None,
-        sources=_described(sources, weights, shapes, dict(zip(weighted, known or (), strict=False))),
+        sources=described_sources(sources, weights, shapes, dict(zip(weighted, known or (), strict=False)), output),
+        statistics=seen_from(statistics, output),
         layers=reports,
         carried=extras.names,
         base_weights=base_name,
@@ -194,6 +204,11 @@ def merge(
     task_type, revision = (agreed(a.config.get(key) for a in sources) for key in ("task_type", "revision"))
     result = MergeResult(modules, report, None, extras, kinds, task_type, revision)
     return replace(result, path=_write(output, result, stored_dtype)) if output else result
+
+
+def _check_used(what: str, given: Any, used: bool, method: MergeMethod) -> None:
+    if given is not None and not used:
+        raise ValueError(f"{method.name} looks at no {what}: leave {what} out, or choose another method")
 
 
 def _for_layers(
@@ -231,14 +246,20 @@ def _known_statistics(
 
 
 def _norm_restoring(updates: Sequence[LowRank], merged: Merged) -> float:
-    """mean_i ||delta_i|| / ||M||, over the adapters that have the layer; 1 for a merge that is zero."""
+    """mean_i ||delta_i|| / ||M||, over the adapters that have the layer; 1 for a merge in which they cancel."""
     norms = [norm for norm in (update.norm() for update in updates) if norm > 0]
     size = merged.update.norm()
-    return sum(norms) / len(norms) / size if norms and size > 0 else 1.0
+    mean = sum(norms) / len(norms) if norms else 0.0
+    return mean / size if size > CANCELLED * mean else 1.0
 
 
 def _stored(
-    merged: Merged, scale: float, rows: torch.Tensor | None, dtype: torch.dtype, stacked_rank: int
+    merged: Merged,
+    scale: float,
+    rows: torch.Tensor | None,
+    dtype: torch.dtype,
+    updates: Sequence[LowRank],
+    weights: torch.Tensor,
 ) -> tuple[LowRank, Layer]:
     """Scale and round one merged layer, and say what that and its rank have cost.
 
@@ -251,9 +272,10 @@ def _stored(
     kept = merged.update.norm() ** 2
     exact = kept + merged.dropped
     return stored, Layer(
-        stacked_rank=stacked_rank,
+        stacked_rank=sum(update.rank for update in updates),
         rank=stored.rank,
-        energy=exact * scale**2,
+        energy=exact * scale * scale,
+        inputs=sum((float(w) * update.norm()) ** 2 for w, update in zip(weights, updates, strict=True)),
         dropped=merged.dropped / exact if exact else 0.0,
         rounding=_rounding(update, stored.to(torch.float64)) if kept else 0.0,
         facts=dict(merged.facts),
@@ -265,33 +287,6 @@ def _rounding(exact: LowRank, stored: LowRank) -> float:
     first, second = LowRank(exact.B - stored.B, exact.A), LowRank(stored.B, exact.A - stored.A)
     error = inner(first, first) + 2 * inner(first, second) + inner(second, second)
     return math.sqrt(max(error, 0.0)) / exact.norm()
-
-
-def _described(
-    sources: Sequence[Adapter],
-    weights: Sequence[float],
-    merged: Iterable[str],
-    statistics: Mapping[int, Mapping[str, LayerStatistics]],
-) -> list[Source]:
-    """The adapters as the report names them; `statistics` are those that were used, by the adapter's place."""
-    return [
-        Source(
-            name=adapter.name,
-            weight=weight,
-            path=str(adapter.path) if adapter.path else None,
-            sha256=adapter.sha256,
-            initial=str(adapter.initial) if adapter.initial else None,
-            initial_sha256=adapter.initial_sha256,
-            statistics=of.about if isinstance(of := statistics.get(index), Statistics) else None,
-            merge=adapter.merged_from,
-            base_model=adapter.base_model,
-            dtype=str(adapter.dtype).removeprefix("torch."),
-            modules=len(adapter.shapes),
-            ranks=(min(s.r for s in adapter.shapes.values()), max(s.r for s in adapter.shapes.values())),
-            missing=[module for module in merged if module not in adapter.shapes],
-        )
-        for index, (adapter, weight) in enumerate(zip(sources, weights, strict=True))
-    ]
 
 
 def _write(output: str | Path, result: MergeResult, dtype: torch.dtype) -> Path:

@@ -1,28 +1,65 @@
-"""`moa methods`: what the registry holds, as a table, as JSON, or as the page METHODS.md.
+"""`moa methods`: what the registry holds, as a table, as JSON, or as the page METHODS.md; or all about some methods.
 
+moa methods ties svd
 moa methods --markdown > METHODS.md
 """
 
+import argparse
 import json
+import re
+from collections.abc import Iterable
 from typing import Any, Literal, get_args, get_origin
 
-from moa.errors import OneLineParser
-from moa.merging.registry import LAWS, MergeMethod, methods, optional
+from rich.console import Console, Group, RenderableType
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from moa.errors import OneLineParser, run
+from moa.merging.registry import LAWS, MergeMethod, find_method, methods, optional
+
+EXAMPLES = """\
+examples:
+  moa methods
+  moa methods ties dare_ties
+  moa methods --json regmean
+  moa methods --markdown > METHODS.md
+"""
+BROUGHT_BY = {
+    "statistics": "of each adapter's data; run 'moa statistics' once for each, or give --statistics",
+    "objective": "examples that judge the weights on a model; give --model and --tasks",
+}
+"""How a user brings along what a method of that need is given."""
+INDENT = (0, 0, 0, 2)
 
 
+@run
 def main(argv: list[str] | None = None) -> None:
-    """Print the list."""
-    parser = OneLineParser(prog="moa methods", description="List the merge methods and their options.")
+    """Print the list, or the methods that are named."""
+    asked = _parse(argv)
+    found = [find_method(name) for name in asked.methods] or methods().values()
+    chosen = list({method.name: method for method in found}.values())
+    if asked.json:
+        print(json.dumps([facts(method) for method in chosen], indent=2))
+    elif asked.markdown:
+        print("".join(map(_section, chosen)) if asked.methods else markdown(), end="")
+    else:
+        console = Console(markup=False, highlight=False)  # brackets in a docstring are shapes
+        console.print(Group(*map(page, chosen)) if asked.methods else table(chosen))
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = OneLineParser(
+        prog="moa methods",
+        description="List the merge methods, or explain some of them with their options.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("methods", nargs="*", metavar="METHOD", help="explain these (default: list all)")
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="as JSON")
     form.add_argument("--markdown", action="store_true", help="as the page METHODS.md")
-    asked = parser.parse_args(argv)
-    if asked.json:
-        print(json.dumps([facts(method) for method in methods().values()], indent=2))
-    elif asked.markdown:
-        print(markdown(), end="")
-    else:
-        _print_table()
+    return parser.parse_args(argv)
 
 
 def facts(method: MergeMethod) -> dict[str, Any]:
@@ -64,8 +101,7 @@ Where a method does not obey a law, its section says why.
 
 
 def _section(method: MergeMethod) -> str:
-    text = method.doc.split("\n\nArgs:")[0].split("\n\nRaises:")[0]
-    lines = ["", f"## {method.name}", "", text, ""]
+    lines = ["", f"## {method.name}", "", _explanation(method), ""]
     if method.aliases:
         lines.append(f"Also known as {', '.join(f'`{alias}`' for alias in method.aliases)}.")
     if method.needs:
@@ -84,20 +120,53 @@ def _section(method: MergeMethod) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _print_table() -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(show_lines=True)
-    for column in ("method", "what it does", "options"):
-        table.add_column(column)
-    for method in methods().values():
-        options = [f"--{name} {p.default}" for name, p in method.options.items()]
+def table(listed: Iterable[MergeMethod]) -> Group:
+    """Methods by name: what each does, what a user has to bring along for it, its options with their defaults."""
+    found = Table(show_lines=True)
+    for column in ("method", "what it does", "needs", "options"):
+        found.add_column(column, overflow="fold")
+    for method in listed:
+        options = [f"{_flag(name)} {p.default}" for name, p in method.options.items()]
         options += ["--rank"] if "rank" in method.parameters else []
-        table.add_row(method.name, method.summary, "\n".join(options))
-    console = Console()
-    console.print(table)
-    console.print("all take --weights and --scale; METHODS.md explains each")
+        found.add_row(method.name, method.summary, "\n".join(method.needs), "\n".join(options))
+    needs = (f"{need}: {brought}" for need, brought in BROUGHT_BY.items())
+    return Group(found, *needs, "all take --weights and --scale; 'moa methods METHOD' explains one")
+
+
+def page(method: MergeMethod) -> Group:
+    """All about one method: its docstring, what it needs, its options, the laws that it breaks and why."""
+    paragraphs = re.sub(r"(?<=\S)\n(?=[^\s-])", " ", _explanation(method))  # as wide as the console; lists stay lists
+    said: list[RenderableType] = [Text(method.name, style="bold"), "", Padding(paragraphs, INDENT), ""]
+    if method.aliases:
+        said.append(f"also known as {', '.join(method.aliases)}")
+    said += [f"paper: {method.paper}"] if method.paper else []
+    said += [f"needs {need}: {BROUGHT_BY[need]}" for need in method.needs]
+    said.append(f"takes a rank: {_yes('rank' in method.parameters)}; degree in the weights: {method.degree}")
+    if method.options:
+        said += ["", _options(method)]
+    if method.breaks:
+        said += ["", "does not obey:"]
+        said += [Padding(f"{law} ({LAWS[law]}): {why}", INDENT) for law, why in method.breaks.items()]
+    return Group(*said, "")
+
+
+def _options(method: MergeMethod) -> Table:
+    found = Table(show_lines=True)
+    for column in ("option", "values", "default", ""):
+        found.add_column(column, overflow="fold")
+    for name, parameter in method.options.items():
+        values = _values(parameter.annotation)
+        found.add_row(_flag(name), values, str(parameter.default), method.describe(name))
+    return found
+
+
+def _explanation(method: MergeMethod) -> str:
+    """The docstring without what the table of options says."""
+    return method.doc.split("\n\nArgs:")[0].split("\n\nRaises:")[0]
+
+
+def _flag(option: str) -> str:
+    return f"--{option.replace('_', '-')}"
 
 
 def _values(annotation: Any) -> str:

@@ -2,6 +2,7 @@
 
 import math
 import operator
+import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -67,6 +68,22 @@ def before_training(
     return found
 
 
+def check_output(output: str | Path) -> None:
+    """Refuse a folder that cannot be created, before there is anything to lose.
+
+    Raises:
+        AdapterError: an empty path, or something that exists.
+        PermissionError: a place where nothing may be written.
+    """
+    if not str(output):
+        raise AdapterError("the output folder is an empty path: name a folder to create")
+    if Path(output).exists():
+        raise AdapterError(f"{output} exists already: choose another output folder, or remove it first")
+    place = next(parent for parent in Path(output).resolve().parents if parent.exists())
+    if not os.access(place, os.W_OK):
+        raise PermissionError(f"{output} cannot be created: {place} is not writable")
+
+
 def checked_dtype(dtype: torch.dtype | str) -> torch.dtype:
     name = str(dtype).removeprefix("torch.")
     if name not in DTYPES:
@@ -88,7 +105,12 @@ def checked_weights(weights: Sequence[float] | None, count: int) -> list[float]:
 
 
 def check_same_base(sources: Sequence[Adapter], base: Any = None) -> None:
-    """Refuse adapters of different base models, or of another one than `base`, a name, folder or model."""
+    """Refuse adapters of different base models or task types, or of another model than `base`, a name, folder or model.
+
+    Raises:
+        AdapterError: naming the two that differ.
+    """
+    _check_same_task_type(sources)
     for of, same in ((lambda a: a.base_model, same_base), (lambda a: a.config.get("revision"), operator.eq)):
         known = [a for a in sources if of(a)]
         for other in known[1:]:
@@ -104,6 +126,18 @@ def check_same_base(sources: Sequence[Adapter], base: Any = None) -> None:
             raise AdapterError(
                 f"adapter {adapter.name!r} was trained on {adapter.base_model!r} and base is {ours!r}: pass its own "
                 f"base model, or check_base=False (--no-check-base) if they share their weights"
+            )
+
+
+def _check_same_task_type(sources: Sequence[Adapter]) -> None:
+    """A classifier's layers and a language model's have the same names and sizes, and nothing else in common."""
+    first, *others = [a for a in sources if a.config.get("task_type")] or [None]
+    for other in others:
+        ours, theirs = first.config["task_type"], other.config["task_type"]
+        if ours != theirs:
+            raise AdapterError(
+                f"adapter {first.name!r} is for {ours} and {other.name!r} for {theirs}: merge adapters of one task "
+                f"type, or pass check_base=False (--no-check-base) to merge them all the same"
             )
 
 

@@ -17,7 +17,7 @@ from moa.errors import OneLineParser, run
 from moa.merging.api import MergeResult
 from moa.merging.checks import DTYPES
 from moa.merging.ranks import RankRule
-from moa.merging.recipe import merge_recipe, read_recipe
+from moa.merging.recipe import found, merge_recipe, read_recipe
 from moa.merging.registry import MergeMethod, described, find_method, methods, optional
 
 EXAMPLES = """\
@@ -51,15 +51,24 @@ def main(argv: list[str] | None = None) -> None:
     logging.basicConfig(format="%(message)s", handlers=[RichHandler(console=errors, show_time=False, show_path=False)])
     logging.getLogger("moa.merging").setLevel(logging.INFO)
     asked["progress"] = lambda names, description: track(names, description, console=errors, transient=True)
-    if "state" in asked:
-        from moa.merging.kept_merge import merge_kept
-
-        result = merge_kept(**asked)
-    else:
-        result = _merged(asked)
+    if rule := _rank_rule(asked):
+        asked["rank"] = RankRule(**rule)
+    result = _kept(asked) if "state" in asked else _merged(asked)
     console = Console()
     console.print(result.report)
+    if "state" in asked:
+        console.print(f"kept in {asked['state']}")
     console.print(f"written to {result.path}" if result.path else "no --output was given, so no adapter was written")
+
+
+def _kept(asked: dict[str, Any]) -> MergeResult:
+    """What the command line asks of a merge that is kept."""
+    for option in ("initial", *JUDGED_BY):
+        if option in asked:
+            raise ValueError(f"--{option.replace('_', '-')} is not for a merge that is kept: leave it or --state out")
+    from moa.merging.kept_merge import merge_kept
+
+    return merge_kept(**asked)
 
 
 def _merged(asked: dict[str, Any]) -> MergeResult:
@@ -67,21 +76,20 @@ def _merged(asked: dict[str, Any]) -> MergeResult:
     for option in ("add", "remove", "reweight", "state_rank"):
         if option in asked:
             raise ValueError(f"--{option.replace('_', '-')} changes a merge that was kept: name its folder by --state")
-    if "output" not in asked:
-        raise ValueError("moa merge writes an adapter to a new folder: name it by --output")
     config, adapters = asked.pop("config", None), asked.pop("adapters", [])
     if (config is None) == (not adapters):
         raise ValueError("moa merge takes adapters, or a recipe by --config: give one of the two")
     recipe = {"adapters": adapters} if config is None else read_recipe(config)
+    if "output" not in {**recipe, **asked}:
+        raise ValueError("moa merge writes an adapter to a new folder: name it by --output")
     recipe |= {"method": asked.pop("method")} if "method" in asked else {}
     if "initial" in asked:
         asked["initial"] = dict(asked["initial"])
-    if rule := _rank_rule(asked):
-        asked["rank"] = rule
+    beside = Path() if config is None else Path(config) if Path(config).is_dir() else Path(config).parent
     judged_by = {name: asked.pop(name) for name in JUDGED_BY if name in asked}
     if judged_by:
-        asked["objective"] = _objective(recipe, judged_by, asked.get("seed", 0))
-    beside = Path() if config is None or Path(config).is_dir() else Path(config).parent
+        shared = {key: value for key, value in (recipe | asked).items() if key in ("seed", "check_base")}
+        asked["objective"] = _objective(recipe, beside, judged_by, shared)
     return merge_recipe(recipe, beside=beside, **asked)
 
 
@@ -95,7 +103,7 @@ def _rank_rule(asked: dict[str, Any]) -> dict[str, Any]:
     return rule
 
 
-def _objective(recipe: dict[str, Any], judged_by: dict[str, Any], seed: int) -> Any:
+def _objective(recipe: dict[str, Any], beside: Path, judged_by: dict[str, Any], shared: dict[str, Any]) -> Any:
     """The examples that judge weights, on a model that holds the adapters."""
     method = find_method(str(recipe.get("method", "svd")))
     if "objective" not in method.needs:
@@ -110,7 +118,7 @@ def _objective(recipe: dict[str, Any], judged_by: dict[str, Any], seed: int) -> 
         )
     from moa.model_objective import objective_for
 
-    return objective_for(members, seed=seed, **judged_by)
+    return objective_for([found(member, beside) for member in members], **judged_by, **shared)
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
@@ -199,8 +207,8 @@ def _add_method_options(group: argparse._ArgumentGroup) -> None:
             users.setdefault(option, []).append(method)
     for option, those in users.items():
         kinds = [optional(method.options[option].annotation)[0] for method in those]
-        values = dict.fromkeys(value for kind in kinds if get_origin(kind) is Literal for value in get_args(kind))
-        _add_flag(group, option, Literal[tuple(values)] if values else kinds[0], _help(option, those))
+        words = dict.fromkeys(word for kind in kinds if get_origin(kind) is Literal for word in get_args(kind))
+        _add_flag(group, option, Literal[tuple(words)] if words else kinds[0], _help(option, those))
 
 
 def _add_flag(group: argparse._ArgumentGroup, name: str, kind: Any, text: str) -> None:

@@ -247,7 +247,7 @@ def _gated(
     return replace(merged, facts={**merged.facts, **found.report(module)})
 
 
-def _check_positive(**options: float) -> None:
+def _check_positive(**options: int | float) -> None:
     for name, value in options.items():
         if not value > 0:
             raise ValueError(f"{name} must be more than 0, got {value}")

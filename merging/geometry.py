@@ -20,6 +20,7 @@ from moa.adapters import Adapter
 from moa.low_rank import NUMERICAL_RANK_TOLERANCE, SVD, LowRank, gram, stack, svd
 from moa.merging.checks import check_same_base, checked_weights, common_shapes, read_all
 from moa.merging.layers import Layers, no_progress
+from moa.merging.principal_angles import Spaces, compared_spaces
 
 AGREE = 0.1
 """Mean cosine from which adapters are said to agree. Measured on seven rank-8 adapters that started from one A:
@@ -37,9 +38,9 @@ class Comparison:
     Attributes:
         norms: ||delta_i||.
         cosines: <delta_i, delta_j> / (||delta_i|| ||delta_j||).
-        input_overlap: what both read: sum_k cos^2(theta_k) / min(r_i, r_j) over the principal angles of the row
-            spaces, 1 when one holds the other, about max(r_i, r_j) / n by chance. Over layers, the mean.
-        output_overlap: the same of the column spaces, for what both write.
+        input_overlap, input_mean_angle, input_largest_angle: what both read, by the principal angles of the row
+            spaces, see `moa.merging.principal_angles.Spaces`. Over layers, the mean.
+        output_overlap, output_mean_angle, output_largest_angle: what both write, by those of the column spaces.
         sign_conflict: share of the entries that both change, which they change in opposite directions; 0.5 for
             unrelated adapters.
         effective_ranks: exp(-sum_k p_k log p_k) with p = S / sum S of delta_i; over layers, the mean.
@@ -51,7 +52,11 @@ class Comparison:
     norms: Float[Tensor, " n"]
     cosines: Float[Tensor, "n n"]
     input_overlap: Float[Tensor, "n n"]
+    input_mean_angle: Float[Tensor, "n n"]
+    input_largest_angle: Float[Tensor, "n n"]
     output_overlap: Float[Tensor, "n n"]
+    output_mean_angle: Float[Tensor, "n n"]
+    output_largest_angle: Float[Tensor, "n n"]
     sign_conflict: Float[Tensor, "n n"]
     effective_ranks: Float[Tensor, " n"]
     effective_rank_of_sum: float
@@ -98,7 +103,7 @@ def geometry(
 ) -> Geometry:
     """Compare adapters, layer by layer and as wholes.
 
-    Cost: that of one SVD of every update, n^2 small products, and the signs of at most `SAMPLED`^2 entries a layer.
+    Cost: that of one SVD of every update, n^2 SVDs of their ranks' size, and the signs of at most `SAMPLED`^2 entries a layer.
 
     Args:
         adapters: two or more folders, Hub repositories, or adapters in memory.
@@ -154,17 +159,6 @@ def agreeing_groups(cosines: Float[Tensor, "n n"], names: Sequence[str]) -> list
     return list(groups.values())
 
 
-def overlaps(bases: Sequence[Float[Tensor, "d _"]]) -> Float[Tensor, "n n"]:
-    """sum_k cos^2(theta_k) / min(r_i, r_j) for the principal angles between orthonormal bases; NaN for an empty one.
-
-    The cosines are the singular values of Q_i^T Q_j, so that their squares add up to its squared norm.
-    """
-    ranks = torch.tensor([basis.shape[1] for basis in bases])
-    owner = torch.eye(len(bases), dtype=bases[0].dtype).repeat_interleave(ranks, dim=0)
-    together = torch.cat(list(bases), dim=1)
-    return owner.T @ (together.T @ together).square() @ owner / torch.minimum(ranks[:, None], ranks)
-
-
 def effective_rank(S: Float[Tensor, " r"]) -> float:
     """exp of the entropy of p = S / sum S (Roy and Vetterli, 2007); NaN of a zero matrix."""
     return float(torch.special.entr(S / S.sum()).sum().exp()) if S.sum() > 0 else math.nan
@@ -176,8 +170,8 @@ class _Measured(NamedTuple):
     gram: Tensor
     both: Tensor
     opposed: Tensor
-    input_overlap: Tensor
-    output_overlap: Tensor
+    inputs: Tensor
+    outputs: Tensor
     effective_ranks: Tensor
     effective_rank_of_sum: Tensor
 
@@ -188,8 +182,8 @@ class _Measured(NamedTuple):
         return Comparison(
             norms=norms,
             cosines=(self.gram / norms / norms[:, None]).clamp(-1, 1),
-            input_overlap=self.input_overlap,
-            output_overlap=self.output_overlap,
+            **{f"input_{name}": of for name, of in zip(Spaces._fields, self.inputs, strict=True)},
+            **{f"output_{name}": of for name, of in zip(Spaces._fields, self.outputs, strict=True)},
             sign_conflict=self.opposed / self.both,
             effective_ranks=self.effective_ranks,
             effective_rank_of_sum=float(self.effective_rank_of_sum),
@@ -206,8 +200,8 @@ def _measure(updates: Sequence[LowRank], weights: Tensor, drawn: torch.Generator
         gram=gram(updates),
         both=both,
         opposed=opposed,
-        input_overlap=overlaps([found.V for found in spectra]),
-        output_overlap=overlaps([found.U for found in spectra]),
+        inputs=torch.stack(compared_spaces([found.V for found in spectra])),
+        outputs=torch.stack(compared_spaces([found.U for found in spectra])),
         effective_ranks=torch.tensor([effective_rank(found.S) for found in spectra], dtype=torch.float64),
         effective_rank_of_sum=torch.tensor(effective_rank(svd(total).S), dtype=torch.float64),
     )

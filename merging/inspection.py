@@ -21,6 +21,13 @@ from moa.merging.geometry import SAMPLED, Geometry, geometry
 
 SHOWN_PAIRS = 28
 SHOWN_LAYERS = 3
+ANGLES = {
+    "inputs: mean": "input_mean_angle",
+    "inputs: largest": "input_largest_angle",
+    "outputs: mean": "output_mean_angle",
+    "outputs: largest": "output_largest_angle",
+}
+"""Column of the table of angles to the field of `Comparison`."""
 EXAMPLES = """\
 examples:
   moa inspect adapters/sst2 adapters/mnli adapters/squad
@@ -28,7 +35,8 @@ examples:
   moa inspect A user/adapter-on-the-hub --json > geometry.json
 
 Cosines near 0 mean that a sum keeps each adapter whole; near 1, that they are alike and a mean does; below 0,
-that they work against each other. Half of the signs of unrelated adapters differ.
+that they work against each other. Half of the signs of unrelated adapters differ. Principal angles are 0 degrees where
+two adapters read (inputs) or write (outputs) the same directions, and 90 where they share none.
 """
 
 
@@ -88,17 +96,23 @@ def _adapters(found: Geometry) -> Table:
     return table
 
 
-def _pairs(found: Geometry) -> Table:
+def _pairs(found: Geometry) -> Group:
+    """Two tables of the same pairs: what they do to each other, and how far apart the directions are."""
     whole = found.whole
     pairs = sorted(combinations(range(len(found.names)), 2), key=lambda pair: -float(whole.cosines[pair].nan_to_num()))
     half = SHOWN_PAIRS // 2
-    left_out = len(pairs) - 2 * half if len(pairs) > SHOWN_PAIRS else 0
-    title = "pairs" if not left_out else f"the {half} pairs most alike and the {half} least (--json has all)"
-    table = _table(title, "adapter", "and", "cosine", "input overlap", "output overlap", "sign conflict")
-    for pair in pairs[:half] + pairs[-half:] if left_out else pairs:
-        numbers = (whole.cosines, whole.input_overlap, whole.output_overlap, whole.sign_conflict)
-        table.add_row(*(found.names[i] for i in pair), *(_shown(float(of[pair]), ".3f") for of in numbers))
-    return table
+    title = "pairs"
+    if len(pairs) > SHOWN_PAIRS:
+        title = f"the {half} pairs most alike and the {half} least (--json has all)"
+        pairs = pairs[:half] + pairs[-half:]
+    alike = _table(title, "adapter", "and", "cosine", "input overlap", "output overlap", "sign conflict")
+    numbers = (whole.cosines, whole.input_overlap, whole.output_overlap, whole.sign_conflict)
+    angles = _table("their principal angles, in degrees", "adapter", "and", *ANGLES)
+    for pair in pairs:
+        names = [found.names[index] for index in pair]
+        alike.add_row(*names, *(_shown(float(of[pair]), ".3f") for of in numbers))
+        angles.add_row(*names, *(_shown(float(getattr(whole, field)[pair]), ".1f") for field in ANGLES.values()))
+    return Group(alike, "", angles)
 
 
 def _lines(found: Geometry) -> Iterator[str]:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from statistics import mean
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -21,6 +21,7 @@ FAILED = 1e6
 """The loss of weights under which a model answers with NaN or infinity."""
 
 
+@runtime_checkable
 class Objective(Protocol):
     """Judges gates by examples.
 

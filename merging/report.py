@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 REPORT_FILE = "merge_report.json"
+CANCELLED = 1e-12
+"""A merge smaller than this share of its adapters is what rounding leaves of updates that cancel."""
 
 
 @dataclass(frozen=True)
@@ -17,7 +19,9 @@ class Source:
         weight: the weight it was given; 0 leaves it out.
         ranks: smallest and largest rank of its layers.
         missing: layers that others adapt and it does not: it counts as leaving them unchanged.
+        path: its folder, relative to that of the result where there is one.
         sha256: hash of its weights file, None for an adapter of a live model.
+        config_sha256: hash of what its config says about ranks and scalings.
         initial: folder of the adapter before training, where its product was taken out.
         initial_sha256: hash of the weights there.
         statistics: what the statistics that were used were collected from.
@@ -33,6 +37,7 @@ class Source:
     modules: int
     ranks: tuple[int, int]
     missing: list[str]
+    config_sha256: str | None = None
     initial: str | None = None
     initial_sha256: str | None = None
     statistics: Mapping[str, Any] | None = None
@@ -47,6 +52,7 @@ class Layer:
         stacked_rank: sum of the adapters' ranks.
         rank: rank of the result.
         energy: ||M||^2 of the result before it was fitted into its rank.
+        inputs: sum_i ||w_i delta_i||^2, what the adapters had to give.
         dropped: share of that energy lost to the rank.
         rounding: relative error of the stored factors against the computed ones.
         facts: what the method reports of itself.
@@ -55,6 +61,7 @@ class Layer:
     stacked_rank: int
     rank: int
     energy: float
+    inputs: float
     dropped: float
     rounding: float
     facts: Mapping[str, float]
@@ -69,6 +76,7 @@ class MergeReport:
         carried: what the result holds beside its updates, to the layers or parameters that have it.
         base_weights: the base model that was read for that.
         check_base: whether adapters of other base models were refused.
+        statistics: the files of statistics that were named, one for each adapter.
         objective: the examples that judged the weights, where a method looked for them.
         energy_dropped: share of the energy of all layers lost to the rank.
         rounding: relative error from storing the factors in `dtype`, over all layers.
@@ -91,6 +99,7 @@ class MergeReport:
     base_weights: str | None = None
     check_base: bool = True
     objective: dict[str, Any] | None = None
+    statistics: list[str] | None = None
     energy_dropped: float = field(init=False)
     rounding: float = field(init=False)
 
@@ -110,11 +119,19 @@ class MergeReport:
     @property
     def facts(self) -> dict[str, float]:
         """What the method reports of itself, as the median over layers."""
+        return {fact: statistics.median(found) for fact, found in self._facts().items()}
+
+    @property
+    def emptied(self) -> list[str]:
+        """Layers that adapters change and the result does not, but for rounding: the updates cancel, or are cut."""
+        return [module for module, layer in self.layers.items() if layer.energy <= CANCELLED**2 * layer.inputs]
+
+    def _facts(self) -> dict[str, list[float]]:
         values: dict[str, list[float]] = {}
         for layer in self.layers.values():
             for fact, value in layer.facts.items():
                 values.setdefault(fact, []).append(value)
-        return {fact: statistics.median(found) for fact, found in values.items()}
+        return values
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, as stored."""
@@ -152,7 +169,9 @@ class MergeReport:
             f"{f', {options}' if options else ''}{f', scale {self.scale:g}' if self.scale != 1 else ''}",
             f"energy dropped by the rank {self.energy_dropped:.2%}, rounding at saving {self.rounding:.1e}",
         ]
-        lines += [f"{fact.replace('_', ' ')}: {value:.3g} (median over layers)" for fact, value in self.facts.items()]
+        lines += [_told(fact, found) for fact, found in self._facts().items()]
+        if self.emptied:
+            lines.append(f"{len(self.emptied)} of {len(ranks)} layers come out as zero, such as {self.emptied[0]}")
         if self.carried:
             what = ", ".join(f"{what} ({len(names)})" for what, names in self.carried.items())
             against = f" against {self.base_weights}" if self.base_weights else ""
@@ -160,8 +179,15 @@ class MergeReport:
         lacking = {s.name: len(s.missing) for s in self.sources if s.missing}
         if lacking:
             names = ", ".join(f"{name} {count}" for name, count in lacking.items())
-            lines.append(f"layers that an adapter lacks count as unchanged by it: {names}")
+            lines.append(f"layers that an adapter lacks: {names}")
         return lines
+
+
+def _told(fact: str, values: list[float]) -> str:
+    """A fact as its median over layers, with the range where they differ."""
+    middle, least, most = statistics.median(values), min(values), max(values)
+    where = "all layers" if least == most else f"median over layers, {least:.3g} to {most:.3g}"
+    return f"{fact.replace('_', ' ')}: {middle:.3g} ({where})"
 
 
 def _span(least: int, most: int) -> str:

@@ -29,7 +29,7 @@ class Member:
     Attributes:
         weight: its weight, None where every member has 1/N.
         path: the folder it was read from, None for an adapter of a live model.
-        sha256: hash of its weights file when it was added.
+        sha256, config_sha256: hashes of its weights file and its config's meaning when it was added.
         ranks: layer name to rank.
         kinds: of the layers that are not linear.
     """
@@ -38,6 +38,7 @@ class Member:
     weight: float | None
     path: str | None
     sha256: str | None
+    config_sha256: str | None
     initial_sha256: str | None
     base_model: str | None
     revision: str | None
@@ -54,6 +55,7 @@ class Member:
             weight=weight,
             path=str(adapter.path.resolve()) if adapter.path else None,
             sha256=adapter.sha256,
+            config_sha256=adapter.config_sha256,
             initial_sha256=adapter.initial_sha256,
             base_model=adapter.base_model,
             revision=adapter.config.get("revision"),
@@ -81,6 +83,7 @@ class Member:
             modules=len(self.ranks),
             ranks=(min(self.ranks.values()), max(self.ranks.values())),
             missing=[module for module in layers if module not in self.ranks],
+            config_sha256=self.config_sha256,
             initial_sha256=self.initial_sha256,
         )
 
@@ -97,6 +100,11 @@ class KeptAdapter(Adapter):
         return self.member.sha256
 
     @property
+    def config_sha256(self) -> str | None:
+        """Hash of what its config said when it was added."""
+        return self.member.config_sha256
+
+    @property
     def initial_sha256(self) -> str | None:
         """Hash of its weights before training, where their product was taken out."""
         return self.member.initial_sha256
@@ -110,7 +118,7 @@ def write_state(directory: Path, facts: Mapping[str, Any], tensors: Mapping[str,
     """
     from safetensors.torch import save_file
 
-    _check_ours(directory)
+    check_ours(directory)
     directory.mkdir(parents=True, exist_ok=True)
     partial = directory / f"{uuid.uuid4().hex[:8]}.partial"
     try:
@@ -154,7 +162,8 @@ def read_state(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return facts, load_file(file)
 
 
-def _check_ours(directory: Path) -> None:
+def check_ours(directory: Path) -> None:
+    """A ValueError where the folder is a file, or holds other things than a state."""
     if directory.exists() and not directory.is_dir():
         raise ValueError(f"cannot save the merge state to {directory}: it is a file, give a folder")
     if directory.is_dir() and not (directory / MANIFEST).is_file() and (held := sorted(directory.iterdir())):

@@ -111,6 +111,10 @@ def read_statistics(path: str | Path) -> Statistics:
             header = json.loads((stored.metadata() or {}).get(HEADER, "{}"))
     except (SafetensorError, ValueError) as error:
         raise ValueError(f"{file} is damaged or incomplete ({error}): collect it again with --overwrite") from error
+    if not header:
+        raise ValueError(
+            f"{file} holds no statistics: give what 'moa statistics' wrote, {STATISTICS_FILE} in the adapter's folder"
+        )
     if header.get("format") != FORMAT:
         raise ValueError(
             f"{file} has format {header.get('format')}, and statistics of format {FORMAT} can be read: "
@@ -145,6 +149,7 @@ def statistics_of(
         raise ValueError(f"statistics must be one for each adapter: got {len(given)} for {len(adapters)} adapters")
     else:
         found = [one if isinstance(one, Mapping) else read_statistics(one) for one in given]
+        _check_order(adapters, found)
     for adapter, statistics in zip(adapters, found, strict=True):
         _check_belongs(adapter, statistics)
     return found
@@ -163,9 +168,24 @@ def _beside(adapter: Adapter) -> Statistics:
     return read_statistics(adapter.path)
 
 
+def _check_order(adapters: Sequence[Adapter], found: Sequence[Mapping[str, LayerStatistics]]) -> None:
+    names = {adapter.sha256: adapter.name for adapter in adapters if adapter.sha256}
+    for adapter, statistics in zip(adapters, found, strict=True):
+        collected = _collected_with(statistics)
+        if collected in names and adapter.sha256 and collected != adapter.sha256:
+            raise ValueError(
+                f"adapter {adapter.name!r} was given the statistics of {names[collected]!r}: "
+                "statistics are given in the order of the adapters"
+            )
+
+
+def _collected_with(statistics: Mapping[str, LayerStatistics]) -> str | None:
+    """The sha256 of the adapter that they were collected with, where that is known."""
+    return statistics.about.get("adapter_sha256") if isinstance(statistics, Statistics) else None
+
+
 def _check_belongs(adapter: Adapter, statistics: Mapping[str, LayerStatistics]) -> None:
-    about = statistics.about if isinstance(statistics, Statistics) else {}
-    collected, ours = about.get("adapter_sha256"), adapter.sha256
+    collected, ours = _collected_with(statistics), adapter.sha256
     if collected and ours and collected != ours:
         raise ValueError(
             f"the statistics of adapter {adapter.name!r} were collected with other weights than it has now "

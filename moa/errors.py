@@ -19,16 +19,23 @@ def run(main: Callable[P, T]) -> Callable[P, T]:
     """Decorate an entry point: what the user can mend ends in one line and status 2, without a traceback.
 
     `ValueError` and `OSError` (a missing file, no network, a full disk) are for the user; any other exception
-    is a bug of ours and keeps its traceback. Ctrl-C exits with 130. `MOA_TRACEBACK=1` shows every traceback.
+    is a bug of ours and keeps its traceback. Ctrl-C exits with 130, a reader of our output that has gone, as `head`
+    does, with 1. `MOA_TRACEBACK=1` shows every traceback.
     """
 
     @functools.wraps(main)
     def entry_point(*args: P.args, **kwargs: P.kwargs) -> T:
         try:
-            return main(*args, **kwargs)
+            try:
+                return main(*args, **kwargs)
+            finally:
+                print(end="", flush=True)  # at exit, where Python would flush, nothing could catch the error
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             raise SystemExit(130) from None
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left of the output goes nowhere
+            raise SystemExit(1) from None
         except (ValueError, OSError) as error:
             refuse(error)
 

@@ -271,7 +271,7 @@ def objective_for(
         task.name: task.examples("train", source=source, data_dir=data_dir, limit=examples, seed=seed)
         for task in load_tasks(tasks)
     }
-    if len(rows) == len(names):
+    if len(rows) == len(names) and set(rows) != set(names):
         rows = dict(zip(names, rows.values(), strict=True))
     # experts need names that PEFT can hold; those of the merge are folders', and two may be called alike
     experts = {f"expert_{place}": path for place, path in enumerate(adapters)}

@@ -141,7 +141,7 @@ def test_grams_read_in_blocks_give_the_same(updates, inputs, monkeypatch):
 
 def test_fisher_is_the_papers_weighted_mean_of_rows(updates, inputs):
     phi = [drawn(OUT, seed=s).square() for s in (50, 60, 70)]
-    got = fisher(updates, WEIGHTS, statistics=known(inputs, phi), normalise=False, eps=1e-12)
+    got = fisher(updates, WEIGHTS, statistics=known(inputs, phi), balanced=False, eps=1e-12)
     expected = torch.zeros(OUT, IN).double()
     for row in range(OUT):
         F = torch.stack([w.abs() * p[row] for w, p in zip(WEIGHTS, phi, strict=True)])
@@ -155,17 +155,17 @@ def test_with_equal_fisher_information_it_is_the_weighted_mean(updates, inputs):
     mean = sum(w * u.delta() for u, w in zip(updates, WEIGHTS, strict=True)) / WEIGHTS.abs().sum()
     got = fisher(updates, WEIGHTS, statistics=known(inputs, phi)).update.delta()
     assert relative(got, mean) < 1e-10
-    as_it_is = fisher(updates, WEIGHTS, statistics=known(inputs, phi), normalise=False).update.delta()
+    as_it_is = fisher(updates, WEIGHTS, statistics=known(inputs, phi), balanced=False).update.delta()
     assert relative(as_it_is, updates[2].delta()) < 0.05
 
 
-@pytest.mark.parametrize("normalise", [True, False])
-def test_rows_that_nothing_depends_on_are_averaged(updates, inputs, normalise):
+@pytest.mark.parametrize("balanced", [True, False])
+def test_rows_that_nothing_depends_on_are_averaged(updates, inputs, balanced):
     phi = [drawn(OUT, seed=s).square() * (torch.arange(OUT) > 0) for s in (50, 60, 70)]
     mean = sum(w * u.delta() for u, w in zip(updates, WEIGHTS, strict=True)) / WEIGHTS.abs().sum()
-    got = fisher(updates, WEIGHTS, statistics=known(inputs, phi), normalise=normalise).update.delta()
+    got = fisher(updates, WEIGHTS, statistics=known(inputs, phi), balanced=balanced).update.delta()
     assert relative(got[0], mean[0]) < 1e-9
-    silent = fisher(updates, WEIGHTS, statistics=known(inputs, [torch.zeros(OUT)] * 3), normalise=normalise)
+    silent = fisher(updates, WEIGHTS, statistics=known(inputs, [torch.zeros(OUT)] * 3), balanced=balanced)
     assert relative(silent.update.delta(), mean) < 1e-9
 
 

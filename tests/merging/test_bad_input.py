@@ -7,7 +7,7 @@ import torch
 
 from moa.adapters import read_adapter, write_adapter
 from moa.errors import one_line
-from moa.merging import merge
+from moa.merging import RankRule, merge
 from moa.merging.cli import main
 
 Q = "base_model.model.model.layers.0.self_attn.q_proj"
@@ -41,6 +41,18 @@ def refusal(adapters, **options):
         ({"scale": 0.0}, "scale must be a finite number other than 0"),
         ({"dtype": torch.int8}, "dtype must be one of float32, bfloat16, float16, float64, got int8"),
         ({"dtype": "bfloat61"}, "got bfloat61; did you mean 'bfloat16'?"),
+        ({"method": "regmean", "statistics": []}, "statistics must be one for each adapter: got 0 for 3 adapters"),
+        ({"method": "regmean"}, "adapter 'a' has no statistics: run 'moa statistics --adapters"),
+        (
+            {"rank": RankRule(by="loss"), "statistics": [{}] * 4},
+            "statistics must be one for each adapter: got 4 for 3",
+        ),
+        ({"method": "svd", "statistics": [{}] * 3}, "svd looks at no statistics: leave statistics out"),
+        ({"method": "ties", "objective": object()}, "ties looks at no objective: leave objective out"),
+        ({"method": "lorahub"}, "lorahub looks for weights by examples and was given none: pass objective="),
+        ({"method": "concatenation", "rank": "auto"}, "concatenation keeps every rank .* use svd"),
+        ({"rank": "most"}, "rank must be a whole number, auto or full, got 'most'"),
+        ({"scale": 1e300}, "beyond the range of torch.float32"),
         ({"name": "a.b"}, "adapter name 'a.b' is not usable: use letters, digits, _ and - only"),
     ],
 )
@@ -138,6 +150,13 @@ def test_a_value_beyond_the_range_of_the_dtype_is_refused(adapters, tmp_path):
         (["--dtype", "int8"], "argument --dtype: invalid choice: 'int8'"),
         (["--split", "half", "--method", "factor_sum"], "split of factor_sum must be one of sqrt, both, b"),
         (["--density", "0.3"], "svd has no option 'density'"),
+        (["--statistics", "x", "y", "z"], "svd looks at no statistics"),
+        (["--statistics", "x", "--method", "regmean"], "statistics must be one for each adapter: got 1 for 3"),
+        (["--normalise", "perhaps", "--method", "ties"], "normalise of ties must be one of mean, sum, got 'perhaps'"),
+        (["--normalise", "true", "--method", "ties"], "normalise of ties must be one of mean, sum, got 'true'"),
+        (["--initial", "a"], "argument --initial: must be NAME=VALUE, got 'a'"),
+        (["--initial", "d=e"], "initial names 'd', and 0 folders to merge are called so"),
+        (["--rank-energy", "2"], "in (0, 1], got 2.0"),
     ],
 )
 def test_the_command_line_says_one_sentence_and_exits_with_2(arguments, message, folders, tmp_path, capsys):

@@ -61,8 +61,9 @@ def base(tmp_path_factory):
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             nn.init.normal_(parameter)
-    model.save_pretrained(tmp_path_factory.mktemp("models") / "base")
-    model.name_or_path = str(tmp_path_factory.getbasetemp() / "models0" / "base")
+    folder = tmp_path_factory.mktemp("models") / "base"
+    model.save_pretrained(folder)
+    model.name_or_path = str(folder)
     return model
 
 

@@ -11,7 +11,8 @@ from scipy.linalg import subspace_angles
 
 from moa.adapters import Adapter, AdapterError, Extras
 from moa.low_rank import LowRank
-from moa.merging.geometry import SAMPLED, agreeing_groups, effective_rank, geometry, overlaps
+from moa.merging.geometry import SAMPLED, agreeing_groups, effective_rank, geometry
+from moa.merging.principal_angles import compared_spaces
 
 WEIGHTS = [0.7, 0.5, -0.9]
 
@@ -54,7 +55,7 @@ def test_cancellation_compares_the_weighted_sum_with_its_parts(adapters):
     close(whole.cancellation_if_orthogonal, 1 - np.linalg.norm(parts) / parts.sum())
 
 
-def test_overlaps_are_those_of_scipys_principal_angles(adapters):
+def test_overlaps_and_angles_are_those_of_scipys_principal_angles(adapters):
     found = geometry(adapters)
     for module in found.layers:
         for i, a in enumerate(adapters):
@@ -63,10 +64,15 @@ def test_overlaps_are_those_of_scipys_principal_angles(adapters):
                     least = min(a.modules[module].rank, b.modules[module].rank)
                     inputs = subspace_angles(a.modules[module].A.T.numpy(), b.modules[module].A.T.numpy())
                     outputs = subspace_angles(a.modules[module].B.numpy(), b.modules[module].B.numpy())
-                    close(found.layers[module].input_overlap[i, j], (np.cos(inputs) ** 2).sum() / least)
-                    close(found.layers[module].output_overlap[i, j], (np.cos(outputs) ** 2).sum() / least)
-    layers = torch.stack([of.input_overlap for of in found.layers.values()]).numpy()
-    close(found.whole.input_overlap, np.nanmean(layers, axis=0))
+                    of = found.layers[module]
+                    close(of.input_overlap[i, j], (np.cos(inputs) ** 2).sum() / least)
+                    close(of.output_overlap[i, j], (np.cos(outputs) ** 2).sum() / least)
+                    got = [of.input_mean_angle, of.input_largest_angle, of.output_mean_angle, of.output_largest_angle]
+                    expected = np.rad2deg([inputs.mean(), inputs.max(), outputs.mean(), outputs.max()])
+                    np.testing.assert_allclose([float(angle[i, j]) for angle in got], expected, atol=1e-5)
+    for name in ("input_overlap", "input_mean_angle", "input_largest_angle", "output_largest_angle"):
+        layers = torch.stack([getattr(of, name) for of in found.layers.values()]).numpy()
+        close(getattr(found.whole, name), np.nanmean(layers, axis=0))
 
 
 def test_sign_conflict_counts_opposite_entries_of_those_that_both_change(adapters):
@@ -136,7 +142,8 @@ def test_what_is_not_there_is_not_compared():
     )
     assert found.whole.cosines[0, 1] == 0
     assert found.whole.cosines[0, 2].isnan() and found.whole.effective_ranks[2].isnan()
-    assert found.whole.input_overlap[0, 1].isnan() and found.whole.sign_conflict[0, 1].isnan()
+    assert found.whole.input_overlap[0, 1].isnan() and found.whole.output_largest_angle[0, 1].isnan()
+    assert found.whole.sign_conflict[0, 1].isnan()
     stored = json.loads(json.dumps(found.to_dict(), allow_nan=False))
     assert stored["whole"]["cosines"][0] == [pytest.approx(1), 0.0, None]
     assert stored["layers"]["other"]["effective_ranks"][0] is None
@@ -172,7 +179,18 @@ def test_groups_follow_the_mean_cosine_between_clusters():
 
 def test_overlap_is_one_inside_a_larger_space_and_zero_across():
     eye = torch.eye(6).double()
-    close(overlaps([eye[:, :4], eye[:, 1:3], eye[:, 4:]]), [[1, 1, 0], [1, 1, 0], [0, 0, 1]])
+    found = compared_spaces([eye[:, :4], eye[:, 1:3], eye[:, 4:]])
+    close(found.overlap, [[1, 1, 0], [1, 1, 0], [0, 0, 1]])
+    close(found.mean_angle, [[0, 0, 90], [0, 0, 90], [90, 90, 0]])
+    close(found.largest_angle, found.mean_angle)
+
+
+def test_angles_of_planes_turned_by_a_known_angle_are_that_angle():
+    eye, turn = torch.eye(4).double(), math.radians(30)
+    tilted = torch.stack([eye[0], math.cos(turn) * eye[1] + math.sin(turn) * eye[2]], dim=1)
+    found = compared_spaces([eye[:, :2], tilted, eye[:, :0]])
+    close([found.mean_angle[0, 1], found.largest_angle[1, 0], found.overlap[0, 1]], [15, 30, (1 + 0.75) / 2])
+    assert found.mean_angle[2].isnan().all() and found.overlap[:, 2].isnan().all()
 
 
 def test_bad_input_is_refused(adapters):

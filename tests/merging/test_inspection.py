@@ -63,8 +63,8 @@ def test_what_is_undefined_is_a_dash(adapters):
         adapters[2], name="alone", modules={"other": adapters[2].modules["model.layers.0.self_attn.q_proj"]}
     )
     found = geometry([adapters[0], alone])
-    (row,) = (line for line in printed(found).splitlines() if "a " in line and "alone" in line and "0.000" in line)
-    assert row.count("- ") == 3
+    row, angles = (line for line in printed(found).splitlines() if "a " in line and "alone" in line)
+    assert "0.000" in row and row.count("- ") == 3 and angles.count("- ") == 4
     draw(found)
 
 
@@ -72,6 +72,18 @@ def test_of_many_pairs_only_the_most_and_least_alike_are_shown(adapters):
     many = printed(geometry([adapters[index % 3] for index in range(9)]))
     assert "the 14 pairs most alike and the 14 least (--json has all)" in many
     assert many.count("1.000 │         1.000 │          1.000") == 9
+
+
+def test_the_angles_of_each_pair_are_shown_in_degrees_and_fit_a_narrow_console(adapters):
+    found = geometry(adapters)
+    _, angles = printed(found, width=80).split("their principal angles, in degrees")
+    (row,) = (line for line in angles.splitlines() if line.startswith("│ a ") and " b " in line)
+    got = [float(cell) for cell in row.strip("│ ").split("│")[2:]]
+    whole = found.whole
+    of = (whole.input_mean_angle, whole.input_largest_angle, whole.output_mean_angle, whole.output_largest_angle)
+    assert got == [round(float(one[0, 1]), 1) for one in of]
+    assert got[0] < got[1] and 0 < got[0] < 90  # a and b share a direction of their inputs
+    assert "input_largest_angle" in found.to_dict()["whole"]
 
 
 def test_layers_that_cancel_more_than_orthogonal_ones_are_named(adapters):

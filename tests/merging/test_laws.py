@@ -78,7 +78,7 @@ VARIANTS = [
     # statistics
     ("regmean", {"rank": 2}, 0),
     ("regmean", {"off_diagonal": 1.0}, 0),
-    ("fisher", {"normalise": False}, 0),
+    ("fisher", {"balanced": False}, 0),
     # gates
     ("lorahub_linear", {"parallel": 4, "budget": 12}, 0),
     ("lora_soups", {"convex": True, "granularity": "adapter"}, 0),

@@ -214,12 +214,20 @@ def test_files_that_are_no_statistics_are_one_sentence(collected, tmp_path):
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(ValueError, match="is damaged or incomplete"):
         read_statistics(tmp_path)
-    save_file({"x": torch.zeros(2)}, file)
-    with pytest.raises(ValueError, match="has format None, and statistics of format 1 can be read"):
-        read_statistics(file)
     save_file({"x": torch.zeros(2)}, file, {"moa_statistics": json.dumps({"format": 2})})
-    with pytest.raises(ValueError, match="has format 2"):
+    with pytest.raises(ValueError, match="has format 2, and statistics of format 1 can be read"):
         read_statistics(file)
+
+
+def test_an_adapters_weights_are_no_statistics_and_nothing_is_said_of_overwriting(folders):
+    weights = folders[0] / "adapter_model.safetensors"
+    with pytest.raises(
+        ValueError, match=r"adapter_model.safetensors holds no statistics: give what 'moa stat"
+    ) as said:
+        read_statistics(weights)
+    assert "--overwrite" not in str(said.value)
+    with pytest.raises(ValueError, match="holds no statistics"):
+        merge(folders[:1], "regmean", statistics=[weights])
 
 
 # ---- the statistics of an adapter
@@ -259,6 +267,15 @@ def test_statistics_of_other_weights_are_refused(folders, edit_weights):
     edit_weights(folders[0], lambda tensors: {name: 2 * tensor for name, tensor in tensors.items()})
     with pytest.raises(ValueError, match="of adapter 'a' were collected with other weights than it has now"):
         merge(folders[:1], "regmean")
+
+
+def test_statistics_in_another_order_than_the_adapters_are_named_as_that(folders):
+    files = [made_for(folder) for folder in folders]
+    wrong = "adapter 'b' was given the statistics of 'c': statistics are given in the order of the adapters"
+    with pytest.raises(ValueError, match=wrong):
+        merge(folders, "regmean", statistics=[files[0], files[2], files[1]])
+    with pytest.raises(ValueError, match="'a' was given the statistics of 'c'"):
+        merge(folders, "regmean", statistics=[files[2], files[1], files[2]], weights=[1, 0, 1])
 
 
 def test_statistics_that_lack_a_layer_of_the_adapter_are_refused(equal_rank_adapters):

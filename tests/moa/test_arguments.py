@@ -221,6 +221,16 @@ def test_help_lists_every_field_with_its_default_and_ends_with_the_examples(caps
     assert text.endswith("examples: moa train --x 1")
 
 
+def test_the_help_of_a_negated_flag_is_its_own(capsys):
+    with pytest.raises(SystemExit):
+        parse((Data, Training), ["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "--shuffle [SHUFFLE] Shuffle the rows. (default: True) --no_shuffle, --no-shuffle the same as" in text
+    assert "--no_shuffle, --no-shuffle the same as --shuffle false --eval_strategy" in text
+    for words in (["--no_shuffle"], ["--no-shuffle"], ["--shuffle", "false"]):
+        assert parse(Training, ["--model", "m", *words])[0].shuffle is False
+
+
 def test_the_training_arguments_of_trl_go_through(config, tmp_path):
     from trl import SFTConfig
 

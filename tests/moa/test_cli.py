@@ -35,6 +35,32 @@ def test_an_unknown_command_gets_the_nearest_one_and_status_2(capsys):
     assert line.startswith("error: moa has no command 'mrge'") and line.endswith("did you mean 'merge'?")
 
 
+def test_ctrl_c_while_a_command_is_imported_is_one_word(monkeypatch, capsys):
+    def interrupted(name):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(importlib, "import_module", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        main(["merge"])
+    assert stop.value.code == 130 and capsys.readouterr().err == "interrupted\n"
+
+
+@pytest.mark.parametrize("printed", ["'word\\n'", "'word\\n' * 100_000"])
+@pytest.mark.parametrize("ends", ["", "; raise SystemExit(0)"])
+def test_a_reader_that_stops_reading_ends_the_command_without_a_word(printed, ends):
+    program = f"import sys; from moa.errors import run; run(lambda: exec({f'sys.stdout.write({printed}){ends}'!r}))()"
+    reader = subprocess.Popen(["true"], stdin=subprocess.PIPE)
+    reader.wait()  # it has gone before the first word
+    writer = subprocess.run([sys.executable, "-c", program], stdout=reader.stdin, stderr=subprocess.PIPE, check=False)
+    reader.stdin.close()
+    assert (writer.returncode, writer.stderr) == (1, b"")
+
+
+def test_a_command_without_an_output_ends_well():
+    command = f"{sys.executable} -c 'import moa.cli; moa.cli.main([\"--help\"])' >&-"
+    assert subprocess.run(["bash", "-c", command], capture_output=True, check=True).stderr == b""
+
+
 def test_help_imports_nothing_heavy():
     program = "import sys, moa.cli; moa.cli.main(['--help']); print(*sys.modules)"
     out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
