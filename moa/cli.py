@@ -30,7 +30,7 @@ examples:
 
 @run
 def main(argv: list[str] | None = None) -> None:
-    """Hand the rest of the line to a command's `main(argv)`. Importing it takes seconds, which Ctrl-C may interrupt."""
+    """Hand the rest of the line to a command's `main(argv)`; importing it takes seconds, so Ctrl-C may come then."""
     command, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
     if command in ("-h", "--help"):
         print(usage())

@@ -5,7 +5,6 @@ import sys
 from pathlib import Path
 
 import pytest
-
 import torch
 from safetensors.torch import save_file
 
@@ -86,9 +85,7 @@ def test_a_fine_tune_with_the_config_of_its_base_model_is_another_model(weights,
 def test_damaged_weights_are_one_sentence(weights):
     weights("a/tiny")
     Path("copy/other-name/model.safetensors").write_bytes(Path("a/tiny/model.safetensors").read_bytes()[:-9])
-    with pytest.raises(
-        ValueError, match=r"other-name/model.safetensors is damaged or incomplete .*: copy or download"
-    ):
+    with pytest.raises(ValueError, match=r"other-name/model.safetensors is damaged or incomplete .*: copy or"):
         same_base("a/tiny", "copy/other-name")
 
 

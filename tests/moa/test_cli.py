@@ -1,6 +1,7 @@
 """The command table: every command is listed, found, and imported only when called."""
 
 import importlib
+import os
 import subprocess
 import sys
 import types
@@ -51,7 +52,9 @@ def test_a_reader_that_stops_reading_ends_the_command_without_a_word(printed, en
     program = f"import sys; from moa.errors import run; run(lambda: exec({f'sys.stdout.write({printed}){ends}'!r}))()"
     reader = subprocess.Popen(["true"], stdin=subprocess.PIPE)
     reader.wait()  # it has gone before the first word
-    writer = subprocess.run([sys.executable, "-c", program], stdout=reader.stdin, stderr=subprocess.PIPE, check=False)
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    command = [sys.executable, "-c", program]
+    writer = subprocess.run(command, stdout=reader.stdin, stderr=subprocess.PIPE, env=buffered, check=False)
     reader.stdin.close()
     assert (writer.returncode, writer.stderr) == (1, b"")
 
