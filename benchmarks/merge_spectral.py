@@ -1,4 +1,4 @@
-"""Spectral and clustered merges from disk to disk: seconds, memory, error to dense float64 references; PEFT's svd beside them.
+"""Spectral and clustered merges from disk to disk: seconds, memory, error to float64 references; beside PEFT's svd.
 
     python benchmarks/merge_spectral.py                                  # 7 rank-8 adapters, Qwen2-1.5B's shapes
     python benchmarks/merge_spectral.py --shape llama3-8b --methods svd knots tsv
