@@ -68,7 +68,10 @@ def _changes_by_gram(
     """||M|| and all ||M - M_(-i)||, where M = sum c_i delta_i: ||sum c_i delta_i||^2 = c^T G c."""
     check_same_base(sources)
     G = whole_gram(Layers(sources, weights, common_shapes(sources)))
-    norm = lambda c: math.sqrt(max(float(c @ G @ c), 0.0))  # noqa: E731
+
+    def norm(c: Tensor) -> float:
+        return math.sqrt(max(float(c @ G @ c), 0.0))
+
     c = coefficients(method, weights)
     return norm(c), [norm(c - coefficients(method, without)) for without in _each_left_out(weights)]
 

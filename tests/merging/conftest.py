@@ -19,7 +19,7 @@ SHAPES = {
 
 def random_adapter(name, rank, *, seed, lacking=None, dtype=torch.float64):
     generator = torch.Generator().manual_seed(seed)
-    draw = lambda *size: torch.randn(*size, generator=generator, dtype=torch.float64).to(dtype)  # noqa: E731
+    draw = lambda *size: torch.randn(*size, generator=generator, dtype=torch.float64).to(dtype)
     modules = {module: LowRank(draw(o, rank), draw(rank, n)) for module, (o, n) in SHAPES.items() if module != lacking}
     return Adapter(name=name, base_model="tiny/base", modules=modules, dtype=dtype)
 

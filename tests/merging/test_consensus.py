@@ -59,7 +59,7 @@ def dense_pcb(deltas, density):
     """PCB_merge of the official repository without its clamp of outliers, on flat vectors."""
     n, d = deltas.shape
     sizes = deltas.abs()
-    span = lambda x: (x - x.amin(1, keepdim=True)) / (x.amax(1, keepdim=True) - x.amin(1, keepdim=True))  # noqa: E731
+    span = lambda x: (x - x.amin(1, keepdim=True)) / (x.amax(1, keepdim=True) - x.amin(1, keepdim=True))
     score = torch.exp(n * span(sizes) ** 2) * torch.tanh(deltas * deltas.sum(0))
     limit = score.sort(dim=1).values[:, [d - int(density * d)]]
     scale = span(score.clamp(min=limit))
@@ -90,7 +90,7 @@ def test_pcb_counts_an_adapter_of_more_weight_for_more(adapters):
 
 
 def test_pcb_of_constant_updates_is_their_mean_where_the_published_rule_divides_by_zero():
-    flat = lambda value: LowRank(torch.full((5, 1), value).double(), torch.ones(1, 7).double())  # noqa: E731
+    flat = lambda value: LowRank(torch.full((5, 1), value).double(), torch.ones(1, 7).double())
     members = [Adapter(str(v), None, {"layer": flat(v)}, torch.float64) for v in (1.0, 3.0)]
     merged = merge(members, "pcb", rank="full", density=1.0, dtype=torch.float64).modules["layer"].delta()
     torch.testing.assert_close(merged, torch.full((5, 7), 2.0).double())
@@ -98,7 +98,7 @@ def test_pcb_of_constant_updates_is_their_mean_where_the_published_rule_divides_
 
 def test_many_adapters_do_not_overflow_the_scores():
     generator = torch.Generator().manual_seed(0)
-    draw = lambda *size: torch.randn(*size, generator=generator)  # noqa: E731
+    draw = lambda *size: torch.randn(*size, generator=generator)
     members = [Adapter(str(i), None, {"layer": LowRank(draw(8, 1), draw(1, 9))}) for i in range(120)]
     assert torch.isfinite(merge(members, "pcb").modules["layer"].delta()).all()
 

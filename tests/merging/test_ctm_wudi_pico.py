@@ -26,7 +26,7 @@ def present(adapters, weights, module):
 
 def hooi(matrices, rank, sweeps=300):
     """Partial Tucker of dense matrices, eigenvectors anew each time, until nothing moves."""
-    lead = lambda X: torch.linalg.eigh((X @ X.mT).sum(0)).eigenvectors[:, -rank:]  # noqa: E731
+    lead = lambda X: torch.linalg.eigh((X @ X.mT).sum(0)).eigenvectors[:, -rank:]
     V = lead(matrices.mT)
     for _ in range(sweeps):
         U = lead(matrices @ V)

@@ -121,7 +121,7 @@ def test_an_adapter_is_stored_once_however_often_it_is_added(adapters):
 
 def test_bases_stay_orthonormal_and_members_exact_over_hundreds_of_changes():
     drawn = torch.Generator().manual_seed(0)
-    draw = lambda *size: torch.randn(*size, generator=drawn, dtype=torch.float64)  # noqa: E731
+    draw = lambda *size: torch.randn(*size, generator=drawn, dtype=torch.float64)
     layer, kept = SharedBases.empty((15, 20)), {}
     for step in range(300):
         if len(kept) > 6 or (kept and torch.rand((), generator=drawn) < 0.45):

@@ -86,7 +86,7 @@ def test_random_rules_depend_on_the_seed_alone(method, rule, adapters):
 def test_dare_is_right_on_average(method, adapters, dense_sum):
     updates = [adapter.modules[SHARED] for adapter in adapters]
     weights = torch.tensor(WEIGHTS, dtype=torch.float64)
-    draw = lambda seed: method(updates, weights, rule="dare", density=0.5, seeds=[seed, seed + 1, seed + 2])  # noqa: E731
+    draw = lambda seed: method(updates, weights, rule="dare", density=0.5, seeds=[seed, seed + 1, seed + 2])
     draws = torch.stack([draw(seed).update.delta() for seed in range(0, 240, 3)])
     error = (draws.mean(0) - dense_sum(adapters, WEIGHTS, SHARED)).norm()
     noise = (draws - draws.mean(0)).square().sum(dim=(1, 2)).mean().sqrt()
@@ -137,7 +137,7 @@ def test_adapters_that_change_nothing_merge_to_zeros_of_rank_one(method, nothing
 @pytest.mark.parametrize("method", SPECTRAL)
 def test_an_update_of_zeros_has_no_influence_however_it_is_factored(method, nothing):
     generator = torch.Generator().manual_seed(0)
-    draw = lambda *size: torch.randn(*size, generator=generator, dtype=torch.float64)  # noqa: E731
+    draw = lambda *size: torch.randn(*size, generator=generator, dtype=torch.float64)
     two = [Adapter(name, None, {"layer": LowRank(draw(6, 2), draw(2, 5))}) for name in "ab"]
     idle = Adapter("idle", None, {"layer": NOTHING[nothing]})
     expected = merge(two, method, weights=[1, 1], dtype=torch.float64).modules["layer"].delta()

@@ -30,7 +30,7 @@ ATTENTION = [f"model.layers.{layer}.self_attn.{name}_proj" for layer in (0, 1) f
 def batch(rows, prompts=PROMPTS, width=None):
     """Rows padded on the right, the loss on what follows each prompt."""
     width = width or max(map(len, rows))
-    pad = lambda values, fill: values + [fill] * (width - len(values))  # noqa: E731
+    pad = lambda values, fill: values + [fill] * (width - len(values))
     return {
         "input_ids": torch.tensor([pad(row, 0) for row in rows]),
         "attention_mask": torch.tensor([pad([1] * len(row), 0) for row in rows]),

@@ -15,7 +15,7 @@ from moa.merging.thresholds import Cut, thinnings, trims
 
 def update(o, n, rank, seed):
     generator = torch.Generator().manual_seed(seed)
-    draw = lambda *size: torch.randn(*size, generator=generator, dtype=torch.float64)  # noqa: E731
+    draw = lambda *size: torch.randn(*size, generator=generator, dtype=torch.float64)
     return LowRank(draw(o, rank), draw(rank, n))
 
 

@@ -67,7 +67,7 @@ def test_ties_agrees_with_mergekit_where_no_election_is_drawn():
     from mergekit.sparsify import magnitude
 
     generator = torch.Generator().manual_seed(4)
-    draw = lambda *size: torch.randn(*size, generator=generator, dtype=torch.float64)  # noqa: E731
+    draw = lambda *size: torch.randn(*size, generator=generator, dtype=torch.float64)
     members = [Adapter(f"m{i}", None, {"layer": LowRank(draw(30, 3), draw(3, 20))}, torch.float64) for i in range(3)]
     weights = torch.tensor([0.7, 0.4, 0.9], dtype=torch.float64)[:, None, None]
     got = merge(members, "ties", weights=weights.flatten().tolist(), density=0.5, rank="full", dtype=torch.float64)
@@ -108,7 +108,7 @@ def test_the_sign_of_a_sum_that_is_rounding_only_is_no_sign():
 
 
 def test_the_report_says_how_much_of_the_entries_was_outvoted():
-    one = lambda value: LowRank(torch.full((3, 1), value), torch.ones(1, 5))  # noqa: E731
+    one = lambda value: LowRank(torch.full((3, 1), value), torch.ones(1, 5))
     members = [Adapter("plus", None, {"layer": one(3.0)}), Adapter("minus", None, {"layer": one(-1.0)})]
     assert merge(members, "ties", density=1.0).report.facts["outvoted"] == pytest.approx(0.25)
 

@@ -37,7 +37,7 @@ def polar(X):
 def orthogonal_adapters(ranks=(2, 3), o=12, n=15):
     """Adapters that share no direction of input or output."""
     generator = torch.Generator().manual_seed(5)
-    draw = lambda *size: torch.randn(*size, generator=generator, dtype=torch.float64)  # noqa: E731
+    draw = lambda *size: torch.randn(*size, generator=generator, dtype=torch.float64)
     writes, reads = (torch.linalg.qr(draw(size, sum(ranks))).Q.split(ranks, dim=1) for size in (o, n))
     pairs = zip(ranks, writes, reads, strict=True)
     return [Adapter(f"r{r}", None, {"layer": LowRank(W @ draw(r, r), draw(r, r) @ R.T)}) for r, W, R in pairs]

@@ -322,7 +322,7 @@ def test_names_that_end_alike_keep_their_own_ranks(tmp_path):
         def forward(self, x):
             return self.inner.proj(self.proj(x))
 
-    draw = lambda r: LowRank(torch.randn(6, r), torch.randn(r, 6))  # noqa: E731
+    draw = lambda r: LowRank(torch.randn(6, r), torch.randn(r, 6))
     modules = {"proj": draw(2), "inner.proj": draw(4)}
     write_adapter(tmp_path / "a", modules, base_model=None, task_type=None, dtype=torch.float32)
     loaded = PeftModel.from_pretrained(Outer(), tmp_path / "a")

@@ -8,7 +8,7 @@ from moa.low_rank import LowRank, core, gram, inner, span, stack, svd
 
 def update(o, r, n, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    draw = lambda *size: torch.randn(*size, generator=generator, dtype=torch.float64)  # noqa: E731
+    draw = lambda *size: torch.randn(*size, generator=generator, dtype=torch.float64)
     return LowRank(draw(o, r), draw(r, n))
 
 
