@@ -80,18 +80,29 @@ def dense_ctm(deltas: Tensor, rank: int) -> Tensor:
     """The same sweeps on dense matrices: on random adapters, where to stop them decides the result."""
     norms = deltas.flatten(1).norm(dim=1)
     X = ((BETA * norms + (1 - BETA) * norms.mean()) / norms)[:, None, None] * deltas
-    V = thin(X.flatten(0, 1), rank)[2]
+    energy, captured, gains = X.square().sum(), torch.tensor(0.0), 0
+    V = ahead = thin(X.flatten(0, 1), rank)[2]
     U = thin(torch.cat([x @ V for x in X], dim=1), rank)[0]
-    energy, captured, before = X.square().sum(), torch.tensor(0.0), -torch.inf
-    while captured - before > 1e-7 * energy:
-        Z = torch.cat([x.T @ U for x in X], dim=1)
-        V = torch.linalg.qr(Z @ (Z.T @ V)).Q
-        Z = torch.cat([x @ V for x in X], dim=1)
-        before, captured = captured, (U.T @ Z).square().sum()
-        U = torch.linalg.qr(Z @ (Z.T @ U)).Q
+    while True:
+        last, V = V, stepped(torch.cat([x.T @ U for x in X], dim=1), ahead)
+        before, captured = captured, sum((U.T @ x @ V).square().sum() for x in X)
+        if captured - before > 1e-7 * energy:
+            gains += 1
+        elif gains:
+            gains = 0
+        else:
+            break
+        moved = V - last @ (last.T @ V)
+        ahead = torch.linalg.qr(V + max(gains - 1, 0) / (gains + 2) * moved).Q
+        U = stepped(torch.cat([x @ ahead for x in X], dim=1), U)
     small = [U.T @ D @ V for D in deltas]
     P, Q = principal(small), principal([C.T for C in small])
     return U @ P @ ties([P.T @ C @ Q for C in small]) @ (V @ Q).T
+
+
+def stepped(X: Tensor, basis: Tensor) -> Tensor:
+    """One step of orthogonal iteration on X X^T."""
+    return torch.linalg.qr(X @ (X.T @ basis)).Q
 
 
 def dense_wudi(deltas: Tensor, rank: int) -> Tensor:

@@ -18,6 +18,22 @@ from moa.merging.statistics import LayerStatistics
 BLOCK_ENTRIES = 4_000_000
 """Entries of a Gram that are float64 at one time: 32 MB."""
 IDLE = "on its own inputs it wants the layer unchanged, and that counts"
+READS = {"regmean": ("gram",), "fisher": ("fisher",)}
+"""Method to what of `LayerStatistics` it reads, which is all that a kept merge has to keep."""
+
+
+def check_shares(off_diagonal: float, ridge: float) -> None:
+    """Refuse shares of a Gram that are none."""
+    if not 0 <= off_diagonal <= 1:
+        raise ValueError(f"off_diagonal is a factor in [0, 1], got {off_diagonal}")
+    if not ridge >= 0:
+        raise ValueError(f"ridge is a share to add and must be at least 0, got {ridge}")
+
+
+def check_eps(eps: float) -> None:
+    """Refuse a share that would leave rows without any."""
+    if not eps > 0:
+        raise ValueError(f"eps must be above 0, or rows that nothing depends on are 0 / 0, got {eps}")
 
 
 @merge_method(
@@ -29,6 +45,7 @@ IDLE = "on its own inputs it wants the layer unchanged, and that counts"
         "rotation": "it shrinks what is off the diagonal, which a rotation mixes (nothing at off_diagonal=1)",
         "span": "the inverse of the summed Grams leaves the directions that the adapters read",
     },
+    check=check_shares,
 )
 def regmean(
     updates: Sequence[LowRank],
@@ -122,13 +139,12 @@ def solve_regmean(
 
     Time n^3 / 3 + 2 n^2 R flops, memory 2 n^2 numbers of 8 bytes: Grams are read a few rows at a time.
     """
-    if not 0 <= off_diagonal <= 1:
-        raise ValueError(f"off_diagonal is a factor in [0, 1], got {off_diagonal}")
-    if ridge < 0:
-        raise ValueError(f"ridge is a share to add and must be at least 0, got {ridge}")
+    check_shares(off_diagonal, ridge)
     members = _with_statistics(updates, weights, statistics)
     n = updates[0].shape[1]
     for _, _, of in members:
+        if of.gram is None:
+            raise ValueError(f"the statistics of layer {module!r} hold no Gram: collect them with moa statistics")
         if tuple(of.gram.shape) != (n, n):
             raise ValueError(f"the Gram of layer {module!r} must be {[n, n]}, got {list(of.gram.shape)}")
     floor = ridge * _mean_diagonal(members)
@@ -160,6 +176,7 @@ def solve_regmean(
         "rotation": "it weighs rows, which a rotation of the outputs mixes",
         "span": "it scales rows, which leaves the directions that the adapters write",
     },
+    check=check_eps,
 )
 def fisher(
     updates: Sequence[LowRank],
@@ -185,8 +202,7 @@ def fisher(
     Raises:
         ValueError: an eps that is not above 0, or statistics without gradients.
     """
-    if eps <= 0:
-        raise ValueError(f"eps must be above 0, or rows that nothing depends on are 0 / 0, got {eps}")
+    check_eps(eps)
     members = _with_statistics(updates, weights, statistics)
     if any(of.fisher is None for _, _, of in members):
         raise ValueError(f"the statistics of layer {module!r} hold no gradients: collect them with --fisher true")

@@ -1,36 +1,27 @@
-"""One call from adapters to a merged adapter: read, check, merge layer by layer, write, report."""
+"""One call from adapters to a merged adapter: read, check, merge layer by layer, report, write."""
 
-import hashlib
-import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from moa.adapters import Adapter, Extras, Kind, check_name, write_adapter
-from moa.low_rank import LowRank, inner
-from moa.merging.carried import beside_updates, check_carried
-from moa.merging.checks import (
-    agreed,
-    check_output,
-    check_same_base,
-    checked_dtype,
-    checked_weights,
-    common_base,
-    common_kinds,
-    common_shapes,
-    layer_ranks,
-    read_all,
-)
+from moa.adapters import Adapter, Extras, Kind, write_adapter
+from moa.low_rank import LowRank
+from moa.merging.asked import Asked
+from moa.merging.carried import Beside, beside_updates, check_carried, check_nothing_beside
+from moa.merging.checks import agreed, check_same_base, checked_weights, common_base, layer_ranks, read_all
+from moa.merging.finishing import Finish, Finished
+from moa.merging.given import for_layers, known_statistics
 from moa.merging.layers import Layers, Progress, no_progress
-from moa.merging.provenance import described_sources, seen_from
-from moa.merging.ranks import RankRule, chosen_ranks, padded
-from moa.merging.registry import Merged, MergeMethod, find_method
-from moa.merging.report import CANCELLED, REPORT_FILE, Layer, MergeReport
-from moa.merging.statistics import Given, LayerStatistics, statistics_of
+from moa.merging.members import Members
+from moa.merging.provenance import described_sources
+from moa.merging.ranks import RankRule, chosen_ranks
+from moa.merging.registry import find_method
+from moa.merging.report import REPORT_FILE, MergeReport
+from moa.merging.statistics import Given, LayerStatistics
 from moa.peft_checks import widest
 
 
@@ -128,181 +119,106 @@ def merge(
         FileNotFoundError: no such folder.
     """
     chosen = find_method(method)
-    options = chosen.check_options(options)
-    if name is not None:
-        check_name(name)
-    if output is not None:
-        check_output(output)
-    if not math.isfinite(scale) or scale == 0:
-        raise ValueError(f"scale must be a finite number other than 0, got {scale}")
-    wanted = None if dtype is None else checked_dtype(dtype)
-    sources = read_all(adapters, initial, plain=False)
-    weights = checked_weights(weights, len(sources))
-    if check_base:
-        check_same_base(sources, base)
-    weighted = [index for index, w in enumerate(weights) if w != 0]
-    merging = [sources[index] for index in weighted]
-    shapes, kinds = common_shapes(merging), common_kinds(merging)
-    check_carried(merging, chosen, kinds, base)
-    rule = RankRule() if rank == "auto" else rank
-    reads_statistics = "statistics" in chosen.needs or (isinstance(rule, RankRule) and rule.by == "loss")
-    _check_used("statistics", statistics, reads_statistics, chosen)
-    _check_used("objective", objective, "objective" in chosen.needs, chosen)
-    ranks = layer_ranks("full" if isinstance(rule, RankRule) else rule, chosen, merging, shapes)
-    stored_dtype = wanted or widest(a.dtype for a in merging)
-    used = torch.tensor([weights[i] for i in weighted], dtype=torch.float64)
-    extras, dora, base_name = beside_updates(
-        merging, used, chosen, scale=scale, base=base, kinds=kinds, dtype=stored_dtype
-    )
-    if restore_norm and extras:
-        raise ValueError(
-            f"restore_norm changes the updates alone, and these adapters hold {', '.join(extras.names)} too: use scale"
-        )
-    layers = Layers(dora.adapters if dora else merging, used, shapes, progress)
-    known = None
-    if reads_statistics:
-        known = _known_statistics(layers, statistics, len(sources), weighted)
-    given = _for_layers(chosen, layers, seed, known, objective)
-    stored_ranks = {}
-    if isinstance(rule, RankRule):
-        stored_ranks = chosen_ranks(layers, rule, ranks, known)
-        ranks = {module: min(rank, stored_ranks[module]) for module, rank in ranks.items()}
-
-    modules: dict[str, LowRank] = {}
-    reports: dict[str, Layer] = {}
-    magnitudes: dict[str, torch.Tensor] = {}
-    for module, updates in layers.streamed(f"merging by {chosen.name}"):
-        merged = chosen.function(updates, layers.weights, **given(module, ranks[module]), **options)
-        if stored_ranks and rule.pads:
-            merged = replace(merged, update=padded(merged.update, stored_ranks[module]))
-        gain = scale * (_norm_restoring(updates, merged) if restore_norm else 1.0)
-        rows = dora.gain(module, gain) if dora else None
-        modules[module], reports[module] = _stored(merged, gain, rows, stored_dtype, updates, layers.weights)
-        if dora:
-            magnitudes[module] = dora.magnitude(module, modules[module], rows)
-    extras = replace(extras, magnitude=magnitudes)
-    report = MergeReport(
-        name=name or chosen.name,
-        method=chosen.name,
-        paper=chosen.paper,
-        base_model=common_base(sources),
+    asked = Asked(
+        method=chosen,
+        options=chosen.check_options(options),
+        rank=rank,
+        output=output,
+        name=name,
         scale=scale,
         restore_norm=restore_norm,
-        rank=asdict(rule) if isinstance(rule, RankRule) else rule,
         seed=seed,
-        dtype=str(stored_dtype).removeprefix("torch."),
-        options=options,
+        dtype=dtype,
         check_base=check_base,
-        objective=objective.describe() if "objective" in chosen.needs else None,
-        sources=described_sources(sources, weights, shapes, dict(zip(weighted, known or (), strict=False)), output),
-        statistics=seen_from(statistics, output),
-        layers=reports,
+        base=base,
+        statistics=statistics,
+        objective=objective,
+    )
+    sources = read_all(adapters, initial, plain=False)
+    members = Members(sources, checked_weights(weights, len(sources)))
+    if check_base:
+        check_same_base(sources, base)
+    ranks = _checked_ranks(asked, members)
+    stored = asked.dtype or widest(adapter.dtype for adapter in members.merging)
+
+    beside = beside_updates(
+        members.merging, members.used, chosen, scale=scale, base=base, kinds=members.kinds, dtype=stored
+    )
+    updates_of = beside.dora.adapters if beside.dora else members.merging
+    layers = Layers(updates_of, members.used, members.shapes, progress)
+    known = None
+    if asked.reads_statistics:
+        known = known_statistics(layers, statistics, len(sources), members.places)
+    finished = _finished(asked, layers, ranks, known, Finish(scale, restore_norm, stored, beside.dora))
+    result = _result(asked, members, beside, known, finished, stored)
+    return replace(result, path=_write(output, result)) if output else result
+
+
+def _checked_ranks(asked: Asked, members: Members) -> dict[str, int | None]:
+    """The rank to ask of each layer, under a rule the most it may have; refuses what cannot be merged together."""
+    shapes = members.shapes
+    check_carried(members.merging, asked.method, members.kinds, asked.base)
+    if asked.restore_norm:
+        check_nothing_beside(members.merging)
+    return layer_ranks("full" if asked.rule else asked.rank, asked.method, members.merging, shapes)
+
+
+def _finished(
+    asked: Asked,
+    layers: Layers,
+    ranks: Mapping[str, int | None],
+    known: Sequence[Mapping[str, LayerStatistics]] | None,
+    finish: Finish,
+) -> dict[str, Finished]:
+    """Merge layer by layer; nothing but the result grows with the model."""
+    if asked.rule:
+        allowed = chosen_ranks(layers, asked.rule, ranks, known)
+        ranks = {module: min(rank, allowed[module]) for module, rank in ranks.items()}
+        finish = replace(finish, filled=allowed if asked.rule.pads else {})
+    given = for_layers(asked.method, layers, ranks, asked.seed, known, asked.objective)
+    finished = {}
+    for module, updates in layers.streamed(f"merging by {asked.method.name}"):
+        merged = asked.method.function(updates, layers.weights, **given(module), **asked.options)
+        finished[module] = finish(module, merged, updates, layers.weights)
+    return finished
+
+
+def _result(
+    asked: Asked,
+    members: Members,
+    beside: Beside,
+    known: Sequence[Mapping[str, LayerStatistics]] | None,
+    finished: Mapping[str, Finished],
+    stored: torch.dtype,
+) -> MergeResult:
+    """What was merged, and the report of it."""
+    magnitudes = {module: of.magnitude for module, of in finished.items() if of.magnitude is not None}
+    extras = replace(beside.extras, magnitude=magnitudes)
+    used = dict(zip(members.places, known or (), strict=False))
+    report = MergeReport(
+        **asked.told(),
+        base_model=common_base(members.sources),
+        dtype=str(stored).removeprefix("torch."),
+        sources=described_sources(members.sources, members.weights, members.shapes, used, asked.output),
+        layers={module: of.report for module, of in finished.items()},
         carried=extras.names,
-        base_weights=base_name,
+        base_weights=beside.base,
         versions={"moa-peft": version("moa-peft"), "torch": torch.__version__},
     )
-    task_type, revision = (agreed(a.config.get(key) for a in sources) for key in ("task_type", "revision"))
-    result = MergeResult(modules, report, None, extras, kinds, task_type, revision)
-    return replace(result, path=_write(output, result, stored_dtype)) if output else result
+    task_type, revision = (agreed(a.config.get(key) for a in members.sources) for key in ("task_type", "revision"))
+    modules = {module: of.update for module, of in finished.items()}
+    return MergeResult(modules, report, None, extras, members.kinds, task_type, revision)
 
 
-def _check_used(what: str, given: Any, used: bool, method: MergeMethod) -> None:
-    if given is not None and not used:
-        raise ValueError(f"{method.name} looks at no {what}: leave {what} out, or choose another method")
-
-
-def _for_layers(
-    method: MergeMethod, layers: Layers, seed: int, statistics: Sequence[Mapping[str, Any]] | None, objective: Any
-) -> Callable[[str, int | None], dict[str, Any]]:
-    """What a method is given beside updates, weights and options: a function of the layer and its rank."""
-    if "objective" in method.needs and objective is None:
-        raise ValueError(
-            f"{method.name} looks for weights by examples and was given none: pass objective=..., "
-            "or on the command line --model and --tasks"
-        )
-
-    def given(module: str, rank: int | None) -> dict[str, Any]:
-        return method.given(
-            rank=rank,
-            run_seed=seed,
-            seed=_seed_of(module, seed),
-            seeds=[_seed_of(f"{module}:{name}", seed) for name in layers.names],
-            module=module,
-            layers=layers,
-            statistics=[of.get(module) for of in statistics or ()],
-            objective=objective,
-        )
-
-    return given
-
-
-def _known_statistics(
-    layers: Layers, given: Sequence[Given] | None, sources: int, weighted: Sequence[int]
-) -> list[Mapping[str, LayerStatistics]]:
-    """The statistics of the adapters that have a weight."""
-    if given is not None and len(given) != sources:
-        raise ValueError(f"statistics must be one for each adapter: got {len(given)} for {sources} adapters")
-    return statistics_of(layers.adapters, None if given is None else [given[index] for index in weighted])
-
-
-def _norm_restoring(updates: Sequence[LowRank], merged: Merged) -> float:
-    """mean_i ||delta_i|| / ||M||, over the adapters that have the layer; 1 for a merge in which they cancel."""
-    norms = [norm for norm in (update.norm() for update in updates) if norm > 0]
-    size = merged.update.norm()
-    mean = sum(norms) / len(norms) if norms else 0.0
-    return mean / size if size > CANCELLED * mean else 1.0
-
-
-def _stored(
-    merged: Merged,
-    scale: float,
-    rows: torch.Tensor | None,
-    dtype: torch.dtype,
-    updates: Sequence[LowRank],
-    weights: torch.Tensor,
-) -> tuple[LowRank, Layer]:
-    """Scale and round one merged layer, and say what that and its rank have cost.
-
-    `rows` is what a DoRA magnitude will multiply each row by, which its update is therefore divided by.
-    """
-    update = merged.update.scaled(scale)
-    if rows is not None:
-        update = LowRank(update.B / rows[:, None], update.A)
-    stored = update.to(dtype)
-    kept = merged.update.norm() ** 2
-    exact = kept + merged.dropped
-    return stored, Layer(
-        stacked_rank=sum(update.rank for update in updates),
-        rank=stored.rank,
-        energy=exact * scale * scale,
-        inputs=sum((float(w) * update.norm()) ** 2 for w, update in zip(weights, updates, strict=True)),
-        dropped=merged.dropped / exact if exact else 0.0,
-        rounding=_rounding(update, stored.to(torch.float64)) if kept else 0.0,
-        facts=dict(merged.facts),
-    )
-
-
-def _rounding(exact: LowRank, stored: LowRank) -> float:
-    """||stored - exact|| / ||exact||, from the differences of the factors: B A - B' A' = (B - B') A + B' (A - A')."""
-    first, second = LowRank(exact.B - stored.B, exact.A), LowRank(stored.B, exact.A - stored.A)
-    error = inner(first, first) + 2 * inner(first, second) + inner(second, second)
-    return math.sqrt(max(error, 0.0)) / exact.norm()
-
-
-def _write(output: str | Path, result: MergeResult, dtype: torch.dtype) -> Path:
+def _write(output: str | Path, result: MergeResult) -> Path:
     return write_adapter(
         output,
         result.modules,
         base_model=result.report.base_model,
         base_revision=result.revision,
         task_type=result.task_type,
-        dtype=dtype,
+        dtype=getattr(torch, result.report.dtype),
         extra_files={REPORT_FILE: result.report.to_json()},
         kinds=result.kinds,
         extras=result.extras,
     )
-
-
-def _seed_of(module: str, seed: int) -> int:
-    """A seed of the layer's own, so that results do not depend on which other layers there are."""
-    return int.from_bytes(hashlib.sha256(f"{seed}:{module}".encode()).digest()[:7])

@@ -9,6 +9,7 @@ an adapter without one counting as unchanged. A bias of lora_B is a difference a
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -44,6 +45,20 @@ def check_carried(sources: Sequence[Adapter], method: MergeMethod, kinds: Mappin
             )
     modules = {module for adapter in sources for module in adapter.shapes}
     check_storable(modules, kinds, [adapter.extras for adapter in sources])
+
+
+def check_nothing_beside(sources: Sequence[Adapter]) -> None:
+    """Refuse to restore the norms of updates beside what is merged with them, but for magnitudes, which follow them.
+
+    Raises:
+        ValueError: naming what the adapters hold.
+    """
+    held = [what for adapter in sources for what in replace(adapter.extras, magnitude={}).names]
+    if held:
+        raise ValueError(
+            f"restore_norm changes the updates alone, and these adapters hold {', '.join(dict.fromkeys(held))} too: "
+            f"use scale"
+        )
 
 
 def linear_weights(weights: Float[Tensor, " n"], method: MergeMethod) -> Float[Tensor, " n"]:

@@ -71,6 +71,7 @@ def facts(method: MergeMethod) -> dict[str, Any]:
         "paper": method.paper,
         "needs": list(method.needs),
         "takes_rank": "rank" in method.parameters,
+        "computes_in": method.computes_in,
         "degree_in_weights": method.degree,
         "breaks": dict(method.breaks),
         "options": {
@@ -94,6 +95,9 @@ Generated from the registry by `moa methods --markdown`; do not edit by hand.
 Each method takes adapters with updates `B_i A_i` (scaling folded in) and weights `w_i`, 1/N by default, one
 layer at a time. `scale` multiplies the result of any method. A rank is that of the stored result.
 
+Methods compute in float64, and those that act on entries of dense updates in float32, as their sections say; a
+hierarchical merge computes as its node does. The dtype to store is rounded to once, at the end.
+
 Every method is tested for the laws below, with adapters of different ranks and layers that some of them lack.
 Where a method does not obey a law, its section says why.
 
@@ -109,6 +113,8 @@ def _section(method: MergeMethod) -> str:
     if method.paper:
         lines.append(f"Paper: <{method.paper}>.")
     lines.append(f"Degree in the weights: {method.degree}. Takes a rank: {_yes('rank' in method.parameters)}.")
+    if method.computes_in != "float64":
+        lines.append(f"Computes in {method.computes_in}, whatever dtype is stored.")
     if method.options:
         lines += ["", "| option | values | default | |", "|---|---|---|---|"]
         lines += [
@@ -142,6 +148,8 @@ def page(method: MergeMethod) -> Group:
     said += [f"paper: {method.paper}"] if method.paper else []
     said += [f"needs {need}: {BROUGHT_BY[need]}" for need in method.needs]
     said.append(f"takes a rank: {_yes('rank' in method.parameters)}; degree in the weights: {method.degree}")
+    if method.computes_in != "float64":
+        said.append(f"computes in {method.computes_in}, whatever --dtype is")
     if method.options:
         said += ["", _options(method)]
     if method.breaks:

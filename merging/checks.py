@@ -72,7 +72,7 @@ def check_output(output: str | Path) -> None:
     """Refuse a folder that cannot be created, before there is anything to lose.
 
     Raises:
-        AdapterError: an empty path, or something that exists.
+        AdapterError: an empty path, something that exists, or a place inside a file.
         PermissionError: a place where nothing may be written.
     """
     if not str(output):
@@ -80,6 +80,8 @@ def check_output(output: str | Path) -> None:
     if Path(output).exists():
         raise AdapterError(f"{output} exists already: choose another output folder, or remove it first")
     place = next(parent for parent in Path(output).resolve().parents if parent.exists())
+    if not place.is_dir():
+        raise AdapterError(f"{output} cannot be created: {place} is a file, choose another output folder")
     if not os.access(place, os.W_OK):
         raise PermissionError(f"{output} cannot be created: {place} is not writable")
 

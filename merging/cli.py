@@ -1,52 +1,30 @@
-"""`moa merge`: adapters in, one adapter out.
+"""`moa merge`: adapters in, one adapter out."""
 
-Options of the methods, and those of the rule for ranks, become flags by themselves: a new one needs no line here.
-"""
-
-import argparse
 import logging
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any
 
+from rich import filesize
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import track
 
-from moa.errors import OneLineParser, run
+from moa.errors import run
 from moa.merging.api import MergeResult
-from moa.merging.checks import DTYPES
+from moa.merging.checks import check_output
+from moa.merging.flags import parse, rank_flag
 from moa.merging.ranks import RankRule
-from moa.merging.recipe import found, merge_recipe, read_recipe
-from moa.merging.registry import MergeMethod, described, find_method, methods, optional
+from moa.merging.recipe import check_options, found, merge_recipe, read_recipe
+from moa.merging.registry import find_method, methods
 
-EXAMPLES = """\
-examples:
-  moa merge adapters/sst2 adapters/mnli adapters/squad --output merged
-  moa merge A B C --method svd --weights 1 1 0.5 --rank 8 --output merged
-  moa merge A B --method ties --density 0.3 --scale 0.8 --output merged
-  moa merge A B --rank auto --rank-energy 0.95 --max-rank 16 --output merged
-  moa merge A user/adapter-on-the-hub --method concatenation --dtype bfloat16 --output merged
-  moa merge dora-A lora-B --base Qwen/Qwen2-0.5B --output merged
-  moa merge A B --method lorahub --model smollm2-135m --tasks sst2 mnli --source pocket --output merged
-
-a recipe, which may name merges of merges; and the merge that a folder remembers, once more:
-  moa merge --config recipe.yaml --output merged
-  moa merge --config merged --output again
-
-a merge that is kept, to add, remove and re-weight later:
-  moa merge A B --state kept --output merged
-  moa merge --state kept --add C --remove B --reweight A=0.7 --method ties --output merged-2
-
-`moa methods` explains the methods. Weights are used as given, 1/N each by default.
-"""
 JUDGED_BY = ("model", "tasks", "source", "data_dir", "examples")
 
 
 @run
 def main(argv: list[str] | None = None) -> None:
     """Parse, merge, print the report."""
-    asked = vars(_parse(argv))
+    asked = vars(parse(argv))
     errors = Console(stderr=True)
     logging.basicConfig(format="%(message)s", handlers=[RichHandler(console=errors, show_time=False, show_path=False)])
     logging.getLogger("moa.merging").setLevel(logging.INFO)
@@ -57,8 +35,13 @@ def main(argv: list[str] | None = None) -> None:
     console = Console()
     console.print(result.report)
     if "state" in asked:
-        console.print(f"kept in {asked['state']}")
+        console.print(f"kept in {asked['state']} ({_size(asked['state'])})")
     console.print(f"written to {result.path}" if result.path else "no --output was given, so no adapter was written")
+
+
+def _size(folder: str) -> str:
+    """What the files in a folder weigh."""
+    return filesize.decimal(sum(file.stat().st_size for file in Path(folder).iterdir()))
 
 
 def _kept(asked: dict[str, Any]) -> MergeResult:
@@ -66,6 +49,8 @@ def _kept(asked: dict[str, Any]) -> MergeResult:
     for option in ("initial", *JUDGED_BY):
         if option in asked:
             raise ValueError(f"--{option.replace('_', '-')} is not for a merge that is kept: leave it or --state out")
+    if "method" in asked:
+        check_options(find_method(asked["method"]), _method_options(asked))
     from moa.merging.kept_merge import merge_kept
 
     return merge_kept(**asked)
@@ -88,14 +73,13 @@ def _merged(asked: dict[str, Any]) -> MergeResult:
     beside = Path() if config is None else Path(config) if Path(config).is_dir() else Path(config).parent
     judged_by = {name: asked.pop(name) for name in JUDGED_BY if name in asked}
     if judged_by:
-        shared = {key: value for key, value in (recipe | asked).items() if key in ("seed", "check_base")}
-        asked["objective"] = _objective(recipe, beside, judged_by, shared)
+        asked["objective"] = _objective(recipe | asked, beside, judged_by)
     return merge_recipe(recipe, beside=beside, **asked)
 
 
 def _rank_rule(asked: dict[str, Any]) -> dict[str, Any]:
     """The fields of `RankRule` that were given as flags, taken out of what was asked."""
-    flags = {_rank_flag(field.name): field.name for field in fields(RankRule)}
+    flags = {rank_flag(field.name): field.name for field in fields(RankRule)}
     rule = {name: asked.pop(flag) for flag, name in flags.items() if flag in asked}
     if rule and asked.get("rank", "auto") != "auto":
         given = next(flag for flag, name in flags.items() if name in rule).replace("_", "-")
@@ -103,7 +87,13 @@ def _rank_rule(asked: dict[str, Any]) -> dict[str, Any]:
     return rule
 
 
-def _objective(recipe: dict[str, Any], beside: Path, judged_by: dict[str, Any], shared: dict[str, Any]) -> Any:
+def _method_options(asked: dict[str, Any]) -> dict[str, Any]:
+    """Those of the keys that are an option of some method."""
+    names = {option for method in methods().values() for option in method.options}
+    return {name: value for name, value in asked.items() if name in names}
+
+
+def _objective(recipe: dict[str, Any], beside: Path, judged_by: dict[str, Any]) -> Any:
     """The examples that judge weights, on a model that holds the adapters."""
     method = find_method(str(recipe.get("method", "svd")))
     if "objective" not in method.needs:
@@ -116,117 +106,9 @@ def _objective(recipe: dict[str, Any], beside: Path, judged_by: dict[str, Any], 
         raise ValueError(
             f"{method.name} takes adapters by their folders, and this recipe has others: merge them first"
         )
+    check_options(method, _method_options(recipe))  # now, since a model takes a while to load
+    check_output(str(recipe["output"]))
     from moa.model_objective import objective_for
 
+    shared = {key: value for key, value in recipe.items() if key in ("seed", "check_base")}
     return objective_for([found(member, beside) for member in members], **judged_by, **shared)
-
-
-def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = OneLineParser(
-        prog="moa merge",
-        description="Merge LoRA adapters of one base model into one LoRA adapter that stock PEFT loads.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        argument_default=argparse.SUPPRESS,
-    )
-    add = parser.add_argument
-    add("adapters", nargs="*", metavar="ADAPTER", help="folder of an adapter, or its repository on the Hub")
-    add("--config", metavar="FILE", help="recipe in YAML, or the folder of a merged adapter to merge it again")
-    add("--method", help=f"one of {', '.join(methods())} (default: svd)")
-    add("--weights", nargs="+", type=float, help="one for each adapter (default: 1/N each)")
-    add("--rank", type=_rank, help="rank of the result: a number, auto, or full (default: the method's own)")
-    add("--output", help="folder to create")
-    add("--name", help="name in the report (default: the method's)")
-    add("--scale", type=float, help="factor on the result (default: 1)")
-    add("--restore-norm", action="store_true", help="bring each layer to the mean norm of the adapters there")
-    add("--seed", type=int, help="for methods that draw random numbers (default: 0)")
-    add("--dtype", choices=DTYPES, help="dtype to store (default: the widest of the inputs)")
-    add("--no-check-base", dest="check_base", action="store_false", help="merge across base models")
-    add("--base", help="base model's name or folder, for adapters that need its weights (DoRA, modules_to_save, bias)")
-    add("--initial", nargs="+", type=_pair, metavar="NAME=FOLDER", help="PiSSA or OLoRA adapter before its training")
-    _add_rank_rule(parser.add_argument_group("how --rank auto chooses"))
-    data = parser.add_argument_group("for methods that need data")
-    data.add_argument(
-        "--statistics", nargs="+", metavar="FILE", help="by moa statistics (default: beside each adapter)"
-    )
-    data.add_argument("--model", help="base model, for methods that search or learn their weights")
-    data.add_argument("--tasks", nargs="+", help="tasks whose examples judge the weights")
-    data.add_argument("--source", help="where examples come from: hub, pocket, or local with --data-dir")
-    data.add_argument("--data-dir", help="folder with TASK/{train,validation,test}.jsonl")
-    data.add_argument("--examples", type=int, help="examples of each task (default: 16)")
-    kept = parser.add_argument_group("a merge that is kept")
-    kept.add_argument("--state", metavar="FOLDER", help="where it is kept: created, or changed and merged again")
-    kept.add_argument("--add", nargs="+", metavar="ADAPTER[=W]", help="adapters to take in")
-    kept.add_argument("--remove", nargs="+", metavar="NAME", help="adapters to take out")
-    kept.add_argument("--reweight", nargs="+", type=_weight, metavar="NAME=W", help="weights to change")
-    kept.add_argument("--state-rank", type=int, help="keep the weighted sum alone, at this rank (default: keep all)")
-    _add_method_options(parser.add_argument_group("options of the methods"))
-    return parser.parse_args(argv)
-
-
-def _rank(value: str) -> int | str:
-    try:
-        return value if value in ("auto", "full") else int(value)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"must be a whole number, auto or full, got {value!r}") from None
-
-
-def _pair(value: str) -> tuple[str, str]:
-    name, equals, text = value.rpartition("=")
-    if not equals or not name or not text:
-        raise argparse.ArgumentTypeError(f"must be NAME=VALUE, got {value!r}")
-    return name, text
-
-
-def _weight(value: str) -> tuple[str, float]:
-    name, text = _pair(value)
-    try:
-        return name, float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"must be NAME=NUMBER, got {value!r}") from None
-
-
-def _add_rank_rule(group: argparse._ArgumentGroup) -> None:
-    """One flag for every field of `RankRule`, described by its docstring."""
-    hints = get_type_hints(RankRule)
-    for field in fields(RankRule):
-        text = f"{described(RankRule, field.name)} (default: {field.default})"
-        _add_flag(group, _rank_flag(field.name), hints[field.name], text)
-
-
-def _rank_flag(field: str) -> str:
-    """A field's flag, which says that it is about ranks."""
-    return field if "rank" in field else f"rank_{field}"
-
-
-def _add_method_options(group: argparse._ArgumentGroup) -> None:
-    """One flag for every option name, left out of the result unless given: defaults stay the methods'."""
-    users: dict[str, list[MergeMethod]] = {}
-    for method in methods().values():
-        for option in method.options:
-            users.setdefault(option, []).append(method)
-    for option, those in users.items():
-        kinds = [optional(method.options[option].annotation)[0] for method in those]
-        words = dict.fromkeys(word for kind in kinds if get_origin(kind) is Literal for word in get_args(kind))
-        _add_flag(group, option, Literal[tuple(words)] if words else kinds[0], _help(option, those))
-
-
-def _add_flag(group: argparse._ArgumentGroup, name: str, kind: Any, text: str) -> None:
-    """A flag of this kind; which words a method takes is checked by the method."""
-    kind, _ = optional(kind)
-    settings: dict[str, Any] = {"type": kind}
-    if get_origin(kind) is Literal:
-        settings = {"type": str, "metavar": "|".join(map(str, get_args(kind)))}
-    elif kind is bool:
-        settings = {"action": argparse.BooleanOptionalAction}
-    spellings = dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}"))
-    group.add_argument(*spellings, help=text.replace("%", "%%"), **settings)
-
-
-def _help(option: str, those: list[MergeMethod]) -> str:
-    """What the option does, once for all methods that say the same of it."""
-    said: dict[tuple[str, Any], list[str]] = {}
-    for method in those:
-        key = (method.describe(option), method.options[option].default)
-        said.setdefault(key, []).append(method.name)
-    return "; ".join(f"{', '.join(names)}: {text} (default: {default})" for (text, default), names in said.items())

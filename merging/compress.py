@@ -8,14 +8,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from moa.low_rank import LowRank
-from moa.merging.entrywise import Rule
+from moa.merging.entrywise import Rule, check_density
 from moa.merging.registry import Merged, merge_method
 from moa.merging.spectral import merged_in_principal_bases, of_nonzero, weighted_core
 
 MAX_SWEEPS = 500
-"""Sweeps over the two bases: a dozen where some directions are stronger than others, a hundred where none are."""
+"""Sweeps over the two bases: a dozen where some directions are stronger than others, some forty where none are."""
 SETTLED = 1e-7
-"""Share of the energy by which the last sweep may still have improved the bases."""
+"""Share of the energy by which a last sweep without momentum may still have improved the bases."""
 
 
 class Tucker(NamedTuple):
@@ -26,6 +26,13 @@ class Tucker(NamedTuple):
     captured: float
 
 
+def check_shares(density: float, beta: float) -> None:
+    """Refuse a share of entries to keep, or a balance of the adapters, that is none."""
+    check_density(density)
+    if not 0 <= beta <= 1:
+        raise ValueError(f"beta is how much norms count in the choice of bases and must be in [0, 1], got {beta}")
+
+
 @merge_method(
     "ctm",
     paper="https://arxiv.org/abs/2606.03723",
@@ -34,6 +41,7 @@ class Tucker(NamedTuple):
         "identity": "its rule trims: one adapter comes back without small entries (all of it at density=1)",
         "duplicates": "an adapter given twice counts twice in the choice of the bases, and as two that agree",
     },
+    check=check_shares,
 )
 @of_nonzero
 def ctm(
@@ -61,12 +69,7 @@ def ctm(
         density: share of each O_i's entries that the rule keeps, in (0, 1].
         beta: how much adapters with larger updates count in the choice of the bases, from all alike (0) to as
             they are (1).
-
-    Raises:
-        ValueError: a density outside (0, 1] or a beta outside [0, 1].
     """
-    if not 0 <= beta <= 1:
-        raise ValueError(f"beta is how much norms count in the choice of bases and must be in [0, 1], got {beta}")
     shared = weighted_core(updates, weights)
     cores, norms = shared.cores, shared.cores.flatten(1).norm(dim=1)
     balance = beta + (1 - beta) * norms.mean() / norms
@@ -83,19 +86,22 @@ def common_bases(matrices: Float[Tensor, "n p q"], rank: int) -> Tucker:
 
     Each is to be the leading eigenvectors of sum_i (X_i V)(X_i V)^T, or of sum_i (X_i^T U)(X_i^T U)^T, given the
     other. They start there, and then take one step of orthogonal iteration in turn: as many sweeps as with
-    eigenvectors anew each time, to the same bases, at a quarter of the time.
+    eigenvectors anew each time, to the same bases, at a quarter of the time. Nesterov's momentum carries V on
+    where it was heading, and starts anew when a sweep gains nothing: a third of the sweeps, on random adapters.
     """
     rows, columns = matrices.transpose(0, 1).contiguous(), matrices.permute(2, 0, 1).contiguous()  # p n q, q n p
-    energy, captured = float(matrices.square().sum()), 0.0
-    V = leading_eigenvectors(matrices.mT, rank)
+    energy, captured, gains = float(matrices.square().sum()), 0.0, 0
+    V = ahead = leading_eigenvectors(matrices.mT, rank)
     U = leading_eigenvectors(matrices @ V, rank)
     for _ in range(MAX_SWEEPS):
-        V = orthogonal_step(V, (columns @ U).flatten(1))
-        X = (rows @ V).flatten(1)
-        before, captured = captured, float((U.T @ X).square().sum())
-        U = orthogonal_step(U, X)
-        if captured - before <= SETTLED * energy:
+        last, V = V, orthogonal_step(ahead, (columns @ U).flatten(1))
+        before, captured = captured, float((U.T @ (rows @ V).flatten(1)).square().sum())
+        gained = captured - before > SETTLED * energy
+        if not gained and gains == 0:
             break
+        gains = gains + 1 if gained else 0
+        ahead = carried_on(V, last, (gains - 1) / (gains + 2)) if gains > 1 else V
+        U = orthogonal_step(U, (rows @ ahead).flatten(1))
     return Tucker(U, V, captured / energy)
 
 
@@ -107,3 +113,8 @@ def leading_eigenvectors(matrices: Float[Tensor, "n p k"], rank: int) -> Float[T
 def orthogonal_step(basis: Float[Tensor, "p r"], X: Float[Tensor, "p m"]) -> Float[Tensor, "p r"]:
     """The basis turned once towards the leading eigenvectors of X X^T."""
     return torch.linalg.qr(X @ (X.T @ basis)).Q
+
+
+def carried_on(basis: Float[Tensor, "p r"], last: Float[Tensor, "p r"], share: float) -> Float[Tensor, "p r"]:
+    """The basis moved on by a share of what it has moved out of the span of the last one."""
+    return torch.linalg.qr(basis + share * (basis - last @ (last.T @ basis))).Q

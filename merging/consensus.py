@@ -17,6 +17,12 @@ from moa.merging.streaming import DenseRows, recompressed, spanned_rank
 from moa.merging.thresholds import LAYER_SAMPLE, Search, sampled_places, settle
 
 
+def check_threshold(threshold: float) -> None:
+    """Refuse a ratio of sizes that is none."""
+    if not threshold >= 0:
+        raise ValueError(f"threshold is a ratio of sizes and must be 0 or more, got {threshold}")
+
+
 @merge_method(
     "consensus",
     paper="https://arxiv.org/abs/2405.07813",
@@ -26,6 +32,8 @@ from moa.merging.thresholds import LAYER_SAMPLE, Search, sampled_places, settle
     }
     | ACTS_ON_ENTRIES,
     aliases=["consensus_ta"],
+    check=check_threshold,
+    computes_in="float32",
 )
 def consensus(
     updates: Sequence[LowRank],
@@ -47,10 +55,8 @@ def consensus(
         k: how many adapters must use an entry for it to be kept.
 
     Raises:
-        ValueError: a threshold below 0, or a k that no entry can reach.
+        ValueError: a k that no entry can reach.
     """
-    if not threshold >= 0:
-        raise ValueError(f"threshold is a ratio of sizes and must be 0 or more, got {threshold}")
     if not 1 <= k <= len(updates):
         raise ValueError(
             f"consensus keeps what at least k adapters use: k must be from 1 to their number, {len(updates)}, got {k}"
@@ -76,6 +82,8 @@ def consensus(
     }
     | ACTS_ON_ENTRIES,
     aliases=["pcb_merging"],
+    check=check_density,
+    computes_in="float32",
 )
 def pcb(
     updates: Sequence[LowRank],
@@ -95,11 +103,7 @@ def pcb(
 
     Args:
         density: share of each update's entries to keep, largest score first, in (0, 1].
-
-    Raises:
-        ValueError: a density outside (0, 1].
     """
-    check_density(density)
     dense = DenseRows(updates, weights)
     if not dense.factors:
         return recompressed(torch.zeros(dense.shape), 1, seed)

@@ -6,13 +6,11 @@ blocks matter.
 """
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache
 from typing import Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from moa.low_rank import LowRank, stack, svd
@@ -25,11 +23,18 @@ DROPS = {
     "identity": "it drops at random (nothing at density=1)",
     "duplicates": "each copy draws what it drops for itself",
 }
-SIZE_CLASSES = 2**16
-"""Into as many steps DELLA divides the sizes of a row to rank them, which sorts them in linear time."""
+SIZE_BITS, SIZE_CLASSES = 6, 2**10
+"""DELLA tells shares of a row's largest entry apart by their power of two and this many binary digits more, in as many
+classes from the largest down: 64 classes for each halving, to 2^-16."""
 
 
-@merge_method("dare_linear", paper="https://arxiv.org/abs/2311.03099", breaks=DROPS | ACTS_ON_ENTRIES)
+@merge_method(
+    "dare_linear",
+    paper="https://arxiv.org/abs/2311.03099",
+    breaks=DROPS | ACTS_ON_ENTRIES,
+    check=check_density,
+    computes_in="float32",
+)
 def dare_linear(
     updates: Sequence[LowRank],
     weights: Float[Tensor, " n"],
@@ -47,18 +52,20 @@ def dare_linear(
 
     Args:
         density: chance of each entry to be kept, in (0, 1].
-
-    Raises:
-        ValueError: a density outside (0, 1].
     """
-    check_density(density)
     dense = DenseRows(updates, weights / density)
     thin = {i: RandomDrop(density, seeds[i]) for i in dense}
     facts = {"noise_ratio": _noise_ratio(updates, weights, density)}
     return recompressed(added(dense, thin), rank or spanned_rank(updates), seed, facts)
 
 
-@merge_method("dare_ties", paper="https://arxiv.org/abs/2311.03099", breaks=DROPS | ACTS_ON_ENTRIES)
+@merge_method(
+    "dare_ties",
+    paper="https://arxiv.org/abs/2311.03099",
+    breaks=DROPS | ACTS_ON_ENTRIES,
+    check=check_density,
+    computes_in="float32",
+)
 def dare_ties(
     updates: Sequence[LowRank],
     weights: Float[Tensor, " n"],
@@ -79,18 +86,30 @@ def dare_ties(
     Args:
         density: chance of each entry to be kept, in (0, 1].
         election: weigh each vote by the entry's size (total) or not (frequency).
-
-    Raises:
-        ValueError: a density outside (0, 1].
     """
-    check_density(density)
     dense = DenseRows(updates, weights / density)
     thin = {i: RandomDrop(density, seeds[i]) for i in dense}
     matrix, outvoted = elected(dense, thin, weights, election)
     return recompressed(matrix, rank or spanned_rank(updates), seed, {"outvoted": outvoted})
 
 
-@merge_method("della", paper="https://arxiv.org/abs/2406.11617", breaks=DROPS | ACTS_ON_ENTRIES)
+def check_chances(density: float, epsilon: float) -> None:
+    """Refuse chances of DELLA that are none."""
+    check_density(density)
+    if epsilon < 0 or not 0 < density - epsilon <= density + epsilon <= 1:
+        raise ValueError(
+            f"density - epsilon and density + epsilon are chances and must be in (0, 1], got {density} and "
+            f"{epsilon}: choose an epsilon from 0 to below {min(density, 1 - density):g}"
+        )
+
+
+@merge_method(
+    "della",
+    paper="https://arxiv.org/abs/2406.11617",
+    breaks=DROPS | ACTS_ON_ENTRIES,
+    check=check_chances,
+    computes_in="float32",
+)
 def della(
     updates: Sequence[LowRank],
     weights: Float[Tensor, " n"],
@@ -107,23 +126,17 @@ def della(
     The entry that is r-th smallest of the n in its row is kept with chance
     p = density - epsilon + 2 epsilon (r - 1) / (n - 1), and then divided by p, so that D_i is delta_i on
     average. Then sign = sgn(sum_i w_i D_i), and M = sum w_i D_i over the adapters with sgn(w_i D_i) = sign.
-    Sizes closer than 2^-16 of the largest in their row rank by column. The result is brought to a rank, by
-    default the number of directions that the updates span together.
+    Nothing is sorted: the c entries of a row whose shares of its largest agree in their power of two and 6 binary
+    digits more, or are below 2^-16, have the mean of their chances. That is within
+    epsilon (c - 1) / (n - 1) of each one's own (0.008 epsilon for a long row of normally distributed entries)
+    and leaves the mean of a row as it was. The result is brought to a rank, by default the number of directions
+    that the updates span together.
 
     Args:
         density: mean chance of an entry to be kept, in (0, 1].
         epsilon: how far the chances of the smallest and the largest entry of a row are from that.
         election: weigh each vote by the entry's size (total) or not (frequency), or add up everything (none).
-
-    Raises:
-        ValueError: chances outside (0, 1].
     """
-    check_density(density)
-    if epsilon < 0 or not 0 < density - epsilon <= density + epsilon <= 1:
-        raise ValueError(
-            f"density - epsilon and density + epsilon are chances and must be in (0, 1], got {density} and "
-            f"{epsilon}: choose an epsilon from 0 to below {min(density, 1 - density):g}"
-        )
     dense = DenseRows(updates, weights)
     thin = {i: DropBySize(density, epsilon, seeds[i]) for i in dense}
     rank = rank or spanned_rank(updates)
@@ -133,7 +146,7 @@ def della(
     return recompressed(matrix, rank, seed, {"outvoted": outvoted})
 
 
-@merge_method("dare_rank", breaks=DROPS)
+@merge_method("dare_rank", breaks=DROPS, check=check_density)
 def dare_rank(
     updates: Sequence[LowRank],
     weights: Float[Tensor, " n"],
@@ -150,11 +163,7 @@ def dare_rank(
 
     Args:
         density: chance of each rank to be kept, in (0, 1].
-
-    Raises:
-        ValueError: a density outside (0, 1].
     """
-    check_density(density)
     thinned = []
     for update, w, seed in zip(updates, weights.tolist(), seeds, strict=True):
         U, S, V = svd(update)
@@ -200,32 +209,34 @@ class DropBySize:
         self.density, self.epsilon, self.draws = density, epsilon, Draws(seed)
 
     def __call__(self, rows: Tensor) -> Tensor:
-        chances = torch.empty_like(rows)
-        ranked = self._chances(rows.shape[1]).expand_as(rows)
-        chances.scatter_(1, ascending(rows.abs()), ranked)
+        chances = chances_by_size(rows, self.density, self.epsilon)
         drawn = self.draws.uniform(rows.shape)
         return rows.mul_(torch.lt(drawn, chances, out=drawn)).div_(chances)
 
-    def _chances(self, n: int) -> Tensor:
-        """[n] from density - epsilon for the smallest entry of a row to density + epsilon for the largest."""
-        steps = torch.linspace(-1, 1, n) if n > 1 else torch.zeros(1)
-        return (self.density + self.epsilon * steps).to(torch.float32)
 
+def chances_by_size(rows: Float[Tensor, "b n"], density: float, epsilon: float) -> Float[Tensor, "b n"]:
+    """DELLA's chance of each entry to be kept, from how many entries of its row are in smaller classes.
 
-def ascending(sizes: Tensor) -> Tensor:
-    """[b, n] the columns of each row from its smallest to its largest entry.
-
-    By numpy's radix sort of 16 bits, four times as fast as a sort of floats, on as many threads as torch has.
+    The c entries of a class with s below it rank from s to s + c - 1, on average s + (c - 1) / 2 of n - 1.
     """
-    largest = sizes.amax(dim=1, keepdim=True).clamp_(min=torch.finfo().tiny)
-    classes = (sizes * ((SIZE_CLASSES - 1) / largest)).to(torch.int32).numpy().astype(np.uint16)
-    parts = np.array_split(classes, torch.get_num_threads())
-    return torch.from_numpy(np.concatenate([*_threads().map(lambda part: part.argsort(axis=1, kind="stable"), parts)]))
+    n = rows.shape[1]
+    step = 2 * epsilon / (n - 1) if n > 1 else 0.0
+    classes = size_classes(rows)
+    counts = torch.zeros(len(rows), SIZE_CLASSES).scatter_add_(1, classes, torch.ones_like(rows))
+    middle = counts.cumsum(dim=1).sub_(counts, alpha=0.5)  # s + c / 2
+    return middle.mul_(step).add_(density - step * n / 2).gather(1, classes)
 
 
-@cache
-def _threads() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(thread_name_prefix="sorting")
+def size_classes(rows: Float[Tensor, "b n"]) -> Int64[Tensor, "b n"]:
+    """The class of each entry's size: `SIZE_CLASSES` - 1 for the largest of its row, 0 for the smallest.
+
+    Read off the bits of size / largest, a float32 from 0 to 1: they are ordered as integers, too.
+    """
+    sizes = rows.abs()
+    sizes /= sizes.amax(dim=1, keepdim=True).clamp_(min=torch.finfo().tiny)
+    shift = 23 - SIZE_BITS
+    of_one = 127 << SIZE_BITS  # the exponent of 1.0 and the digits behind its point
+    return (sizes.view(torch.int32) >> shift).sub_(of_one - SIZE_CLASSES + 1).clamp_(min=0).long()
 
 
 def _noise_ratio(updates: Sequence[LowRank], weights: Tensor, density: float) -> float:

@@ -29,6 +29,8 @@ ACTS_ON_ENTRIES = {
     breaks={"identity": "it trims: one adapter comes back without its small entries (all of it at density=1)"}
     | ACTS_ON_ENTRIES,
     aliases=["magnitude_prune"],
+    check=check_density,
+    computes_in="float32",
 )
 def magnitude(
     updates: Sequence[LowRank],
@@ -49,11 +51,7 @@ def magnitude(
     Args:
         density: share of each update's entries to keep, largest first, in (0, 1].
         scope: compare an adapter's entries within each layer (module), or over all layers it changes (model).
-
-    Raises:
-        ValueError: a density outside (0, 1].
     """
-    check_density(density)
     dense = DenseRows(updates, weights)
     thin = thinnings(dense, Cut(density), layers if scope == "model" else None, module)
     return recompressed(added(dense, thin), rank or spanned_rank(updates), seed)
@@ -65,6 +63,8 @@ def magnitude(
     degree=0,
     breaks={"identity": "it trims: one adapter comes back without its small entries (all of it at density=1)"}
     | ACTS_ON_ENTRIES,
+    check=check_density,
+    computes_in="float32",
 )
 def ties(
     updates: Sequence[LowRank],
@@ -93,21 +93,26 @@ def ties(
             layers that it changes (model, as published).
         election: weigh each vote by the entry's size (total, as published) or not (frequency).
         normalise: divide by the weights that agree (mean; only ratios of weights matter), or add up (sum).
-
-    Raises:
-        ValueError: a density outside (0, 1].
     """
-    check_density(density)
     dense = DenseRows(updates, weights)
     thin = thinnings(dense, Cut(density), layers if scope == "model" else None, module)
     matrix, outvoted = elected(dense, thin, weights, election, normalise)
     return recompressed(matrix, rank or spanned_rank(updates), seed, {"outvoted": outvoted})
 
 
+def check_shares(density: float, gamma: float) -> None:
+    """Refuse shares of entries to keep and to remove that are none."""
+    check_density(density)
+    if not 0 <= gamma < 1:
+        raise ValueError(f"gamma is the share of entries to remove as outliers and must be in [0, 1), got {gamma}")
+
+
 @merge_method(
     "breadcrumbs",
     paper="https://arxiv.org/abs/2312.06795",
     breaks={"identity": "it removes the smallest and the largest entries (none at density=1)"} | ACTS_ON_ENTRIES,
+    check=check_shares,
+    computes_in="float32",
 )
 def breadcrumbs(
     updates: Sequence[LowRank],
@@ -134,13 +139,7 @@ def breadcrumbs(
         scope: compare an adapter's entries within each layer (module), or over all layers it changes (model).
         election: add up everything (none, as published), or what agrees with a sign that is elected per entry
             by size (total) or by number (frequency), as in TIES.
-
-    Raises:
-        ValueError: a density outside (0, 1], or a gamma outside [0, 1).
     """
-    check_density(density)
-    if not 0 <= gamma < 1:
-        raise ValueError(f"gamma is the share of entries to remove as outliers and must be in [0, 1), got {gamma}")
     dense = DenseRows(updates, weights)
     thin = thinnings(dense, Cut(density, gamma), layers if scope == "model" else None, module)
     rank = rank or spanned_rank(updates)

@@ -41,7 +41,25 @@ FACTORS = {
 }
 
 
-@merge_method("lorahub", paper="https://arxiv.org/abs/2307.13269", degree=0, breaks={**JUDGED, **FACTORS})
+def check_search(budget: int, parallel: int, bound: float, l1: float) -> None:
+    """Refuse a search that would judge nothing, or reward what it should shun."""
+    _check_positive(budget=budget, parallel=parallel, bound=bound)
+    _check_not_negative(l1=l1)
+
+
+def check_training(steps: int, lr: float, l1: float = 0.0, guard: float = 0.0) -> None:
+    """Refuse a training that would learn nothing, or be rewarded for what it should shun."""
+    _check_positive(steps=steps, lr=lr)
+    _check_not_negative(l1=l1, guard=guard)
+
+
+@merge_method(
+    "lorahub",
+    paper="https://arxiv.org/abs/2307.13269",
+    degree=0,
+    breaks={**JUDGED, **FACTORS},
+    check=check_search,
+)
 def lorahub(
     updates: Sequence[LowRank],
     weights: Float[Tensor, " n"],
@@ -73,13 +91,11 @@ def lorahub(
     Raises:
         ValueError: adapters of different ranks, an objective of other adapters, or a journal of another search.
     """
-    _check_positive(budget=budget, parallel=parallel, bound=bound)
-    _check_not_negative(l1=l1)
     found = layers.once(search, objective, True, budget, parallel, l1, bound, run_seed, journal)
     return _gated(factor_sum, updates, found, module, split="both")
 
 
-@merge_method("lorahub_linear", paper="https://arxiv.org/abs/2307.13269", degree=0, breaks=JUDGED)
+@merge_method("lorahub_linear", paper="https://arxiv.org/abs/2307.13269", degree=0, breaks=JUDGED, check=check_search)
 def lorahub_linear(
     updates: Sequence[LowRank],
     weights: Float[Tensor, " n"],
@@ -111,13 +127,11 @@ def lorahub_linear(
     Raises:
         ValueError: an objective of other adapters, or a journal of another search.
     """
-    _check_positive(budget=budget, parallel=parallel, bound=bound)
-    _check_not_negative(l1=l1)
     found = layers.once(search, objective, False, budget, parallel, l1, bound, run_seed, journal)
     return _gated(weighted_sum, updates, found, module, rank=rank)
 
 
-@merge_method("lora_soups", paper="https://arxiv.org/abs/2410.13025", degree=0, breaks=JUDGED)
+@merge_method("lora_soups", paper="https://arxiv.org/abs/2410.13025", degree=0, breaks=JUDGED, check=check_training)
 def lora_soups(
     updates: Sequence[LowRank],
     weights: Float[Tensor, " n"],
@@ -148,12 +162,11 @@ def lora_soups(
     Raises:
         ValueError: an objective of other adapters, a loss that is not finite, or a journal of another training.
     """
-    _check_positive(steps=steps, lr=lr)
     found = layers.once(learn, objective, "answers", granularity, None, convex, steps, lr, 0.0, 0.0, run_seed, journal)
     return _gated(weighted_sum, updates, found, module, rank=rank)
 
 
-@merge_method("adamerging", paper="https://arxiv.org/abs/2310.02575", degree=0, breaks=JUDGED)
+@merge_method("adamerging", paper="https://arxiv.org/abs/2310.02575", degree=0, breaks=JUDGED, check=check_training)
 def adamerging(
     updates: Sequence[LowRank],
     weights: Float[Tensor, " n"],
@@ -186,15 +199,13 @@ def adamerging(
     Raises:
         ValueError: an objective of other adapters, a loss that is not finite, or a journal of another training.
     """
-    _check_positive(steps=steps, lr=lr)
-    _check_not_negative(guard=guard)
     found = layers.once(
         learn, objective, "entropy", granularity, start, False, steps, lr, 0.0, guard, run_seed, journal
     )
     return _gated(weighted_sum, updates, found, module, rank=rank)
 
 
-@merge_method("distillation", degree=0, breaks=JUDGED)
+@merge_method("distillation", degree=0, breaks=JUDGED, check=check_training)
 def distillation(
     updates: Sequence[LowRank],
     weights: Float[Tensor, " n"],
@@ -226,8 +237,6 @@ def distillation(
         ValueError: an objective of other adapters, examples that are of no adapter's task, a loss that is not finite,
             or a journal of another training.
     """
-    _check_positive(steps=steps, lr=lr)
-    _check_not_negative(l1=l1)
     found = layers.once(
         learn, objective, "distillation", granularity, None, False, steps, lr, l1, 0.0, run_seed, journal
     )

@@ -51,8 +51,14 @@ class Cluster(NamedTuple):
     dropped: float = 0.0
 
 
+def check_node(node: str) -> None:
+    """Refuse a node that is no method, or has options that it cannot have."""
+    Node.parse(node)
+
+
 @merge_method(
     "hierarchical",
+    check=check_node,
     breaks={
         "duplicates": "an adapter and its copy are merged by the node, before all others",
         "rotation": "as ties, the default node: it acts on entries",

@@ -11,7 +11,15 @@ from moa.merging.registry import Merged, merge_method
 from moa.merging.spectral import nonzero_svd, of_nonzero
 
 
-@merge_method("wudi", paper="https://arxiv.org/abs/2503.08099", degree=0)
+def check_strengths(ridge: float, cap: float | None) -> None:
+    """Refuse a ridge or a cap that is none."""
+    if not ridge >= 0:
+        raise ValueError(f"ridge must be 0 or more, got {ridge}")
+    if cap is not None and not cap > 0:
+        raise ValueError(f"cap must be above 0, or none, got {cap}")
+
+
+@merge_method("wudi", paper="https://arxiv.org/abs/2503.08099", degree=0, check=check_strengths)
 @of_nonzero
 def wudi(
     updates: Sequence[LowRank],
@@ -34,14 +42,7 @@ def wudi(
         ridge: from the exact solution (0) towards the weighted mean of the sgn(w_i) delta_i (large), in units
             of the mean strength of an input direction.
         cap: largest norm of the result, in norms of the sum; a larger one is scaled down to it.
-
-    Raises:
-        ValueError: a ridge below 0, or a cap that is not above 0.
     """
-    if ridge < 0:
-        raise ValueError(f"ridge must be 0 or more, got {ridge}")
-    if cap is not None and cap <= 0:
-        raise ValueError(f"cap must be above 0, or none, got {cap}")
     shared = core(updates)
     M = projection_merge(shared.cores, weights, ridge)
     signed = weights.sign()[:, None, None] * shared.cores

@@ -1,12 +1,18 @@
-"""`moa merge --state`: a merge that is kept in a folder, changed, and merged again."""
+"""`moa merge --state`: a merge that is kept in a folder, changed, and merged again.
 
-from collections.abc import Sequence
+A method that reads statistics has the state keep them, and the state merges by it from then on, with the settings of
+the first merge; other states are told how at each merge. (`MergeState` says what is kept.)
+"""
+
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from moa.merging.api import MergeResult
-from moa.merging.incremental import MergeState
+from moa.merging.incremental import MergeState, StatisticsState
+from moa.merging.kept_statistics import read_by
 from moa.merging.layers import Progress
+from moa.merging.registry import find_method
 from moa.merging.state_files import MANIFEST, check_ours
 
 
@@ -19,6 +25,7 @@ def merge_kept(
     remove: Sequence[str] = (),
     reweight: Sequence[tuple[str, float]] = (),
     state_rank: int | None = None,
+    statistics: Sequence[str] | None = None,
     check_base: bool = True,
     config: str | None = None,
     output: str | Path | None = None,
@@ -33,42 +40,76 @@ def merge_kept(
         adapters, weights, state_rank: of a new state; with a rank it keeps the weighted sum alone.
         add: folders to take in, each with its weight as FOLDER=W if the members have weights of their own.
         remove, reweight: members to change, by name.
+        statistics: files by `moa statistics`, one for each adapter that comes in; by default those beside them.
         check_base: False lets adapters of other base models in, from now on.
         output: folder of the merged adapter, outside the state's.
         merging: parameters of `merge`, and the method's options.
 
     Raises:
-        ValueError: adapters for a state that exists, none for a new one, changes that make no sense, or folders
-            that are in each other's way.
+        ValueError: adapters for a state that exists, none for a new one, changes that make no sense, statistics that
+            are missing or nobody's, or folders that are in each other's way.
     """
     if config is not None:
         raise ValueError("a merge is kept from adapters, not from a recipe: leave --config or --state out")
-    folder = Path(state)
-    check_ours(folder)
-    if output is not None and folder.resolve() in (Path(output).resolve(), *Path(output).resolve().parents):
-        raise ValueError(f"{output} is in {folder}, which holds the kept merge: choose another output folder")
+    folder = _checked_folder(state, output)
+    new = later = None
+    if statistics is not None:
+        new, later = statistics[: len(adapters)], statistics[len(adapters) :]
     if (folder / MANIFEST).is_file():
         if adapters or weights is not None or state_rank is not None:
             raise ValueError(f"{folder} holds a merge already: change it by --add, --remove and --reweight")
         kept = MergeState.load(folder)
         kept.check_base = kept.check_base and check_base
     elif adapters:
-        kind = "exact" if state_rank is None else "truncated"
-        kept = MergeState.create(
-            adapters, weights, kind=kind, rank=state_rank, check_base=check_base, progress=progress
-        )
+        own = _kind_for(state_rank, merging, new)
+        kept = MergeState.create(adapters, weights, **own, check_base=check_base, progress=progress)
     else:
         raise ValueError(f"{folder} holds no merge yet: name the adapters to keep there")
+    if isinstance(kept, StatisticsState):
+        known = _one_each(later, add)
+    else:
+        known, merging["statistics"] = [None] * len(add), statistics
     for name in remove:
         kept.remove(name)
     for name, weight in reweight:
         kept.reweight(name, weight)
-    for member in add:
+    for member, of in zip(add, known, strict=True):
         path, weight = _weighted(member)
-        kept.add(path, weight, progress=progress)
+        kept.add(path, weight, statistics=of, progress=progress)
     result = kept.merged(output=output, progress=progress, **merging)
     kept.save(folder)
     return result
+
+
+def _checked_folder(state: str | Path, output: str | Path | None) -> Path:
+    """The state's folder, which may not hold anything else, nor the output."""
+    folder = Path(state)
+    check_ours(folder)
+    if output is not None and folder.resolve() in (Path(output).resolve(), *Path(output).resolve().parents):
+        raise ValueError(f"{output} is in {folder}, which holds the kept merge: choose another output folder")
+    return folder
+
+
+def _kind_for(state_rank: int | None, merging: Mapping[str, Any], statistics: Sequence[str] | None) -> dict[str, Any]:
+    """The kind of state that serves a first merge, and what it is created with."""
+    if state_rank is not None:
+        return {"kind": "truncated", "rank": state_rank}
+    if read_by(find_method(merging.get("method", "svd")), merging.get("rank")):
+        settings = {name: value for name, value in merging.items() if name != "base"}
+        return {"kind": "statistics", "settings": settings, "statistics": statistics}
+    return {"kind": "exact"}
+
+
+def _one_each(statistics: Sequence[str] | None, adapters: Sequence[str]) -> Sequence[str | None]:
+    """The statistics of each adapter that is added, None where they lie beside it."""
+    if statistics is None:
+        return [None] * len(adapters)
+    if len(statistics) != len(adapters):
+        raise ValueError(
+            "--statistics names one file for each adapter that comes in, and the state keeps those of its members: "
+            f"got {len(statistics)} for {len(adapters)} by --add"
+        )
+    return statistics
 
 
 def _weighted(member: str) -> tuple[str, float | None]:

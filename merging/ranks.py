@@ -148,7 +148,7 @@ def _as_inputs_see_it(total: LowRank, weights: Tensor, module: str, statistics) 
         raise ValueError("ranks by loss need statistics of each adapter's inputs, got none: run moa statistics first")
     S = total.A.new_zeros(total.shape[1], total.shape[1])
     for w, of in zip(weights, statistics, strict=True):
-        if (known := of.get(module)) is not None:
+        if (known := of.get(module)) is not None and known.gram is not None:
             S.add_(known.gram, alpha=abs(float(w)))
     if not S.any():
         raise ValueError(f"ranks by loss need statistics of every layer, and no adapter has any of {module!r}")

@@ -28,7 +28,7 @@ import torch
 from moa.adapters import Adapter, read_adapter
 from moa.errors import nearest
 from moa.merging.api import MergeResult, merge
-from moa.merging.checks import before_training
+from moa.merging.checks import before_training, check_output
 from moa.merging.layers import Progress, no_progress
 from moa.merging.ranks import RankRule
 from moa.merging.registry import MergeMethod, find_method
@@ -133,7 +133,9 @@ def merge_recipe(
     for key in recipe:
         if key not in method.options and (hint := nearest(str(key), ("method", *SETTINGS))):
             raise ValueError(f"a recipe has no key {key!r}{hint}")
-    _check_options(method, recipe)
+    check_options(method, recipe)
+    if "output" in settings:
+        check_output(settings["output"])
     paths = [member["path"] if isinstance(member, Mapping) and "path" in member else member for member in members]
     initial = before_training(paths, settings.pop("initial", None) or {})
     adapters, weights = zip(*(_member(member, beside, initial, progress) for member in members), strict=True)
@@ -168,7 +170,12 @@ def _is(value: Any, kind: Any) -> bool:
     return isinstance(value, kind) and (not isinstance(value, bool) or kind in (bool, object))
 
 
-def _check_options(method: MergeMethod, options: Mapping[str, Any]) -> None:
+def check_options(method: MergeMethod, options: Mapping[str, Any]) -> None:
+    """Refuse what the method does not take, before an adapter is read.
+
+    Raises:
+        ValueError: an option that it does not have, or a value that it cannot have.
+    """
     try:
         method.check_options(options)
     except TypeError as error:  # in a file, a wrong type is a wrong value

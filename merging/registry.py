@@ -75,6 +75,9 @@ class MergeMethod:
         degree: the result is homogeneous of this degree in the weights (2: doubled weights, fourfold result).
         breaks: law of `LAWS` to the reason why the method, by design, does not obey it.
         aliases: other names that users know it by.
+        check: refuses values that its options cannot have. It is called with those of them that it has parameters
+            for, before an adapter is read, so that the function itself can rely on them.
+        computes_in: dtype of its arithmetic on entries, whatever the result is stored in.
     """
 
     name: str
@@ -83,6 +86,8 @@ class MergeMethod:
     degree: int
     breaks: Mapping[str, str]
     aliases: tuple[str, ...] = ()
+    check: Callable[..., None] | None = None
+    computes_in: Literal["float64", "float32"] = "float64"
 
     @cached_property
     def doc(self) -> str:
@@ -124,14 +129,23 @@ class MergeMethod:
         return described(self.function, option)
 
     def check_options(self, options: Mapping[str, Any]) -> dict[str, Any]:
-        """All options with their defaults; a ValueError names what the method does not take."""
+        """All options with their defaults.
+
+        Raises:
+            ValueError: an option that the method does not have, or a value that it cannot have.
+            TypeError: a value of another type.
+        """
         for name in options:
             if name not in self.options:
                 takes = f"it takes {', '.join(self.options)}" if self.options else "it takes none"
                 hint = nearest(name, self.options)
                 raise ValueError(f"{self.name} has no option {name!r}: {takes}{hint}")
         given = {n: _checked(self.name, n, v, self.options[n].annotation) for n, v in options.items()}
-        return {name: given.get(name, p.default) for name, p in self.options.items()}
+        options = {name: given.get(name, p.default) for name, p in self.options.items()}
+        if self.check:
+            looked_at = inspect.signature(self.check).parameters
+            self.check(**{name: value for name, value in options.items() if name in looked_at})
+        return options
 
 
 _METHODS: dict[str, MergeMethod] = {}
@@ -145,6 +159,8 @@ def merge_method(
     degree: int = 1,
     breaks: Mapping[str, str] | None = None,
     aliases: Sequence[str] = (),
+    check: Callable[..., None] | None = None,
+    computes_in: Literal["float64", "float32"] = "float64",
 ) -> Callable[[Callable[..., Merged]], Callable[..., Merged]]:
     """Register a function as a merge method; see `MergeMethod` for the facts it states.
 
@@ -160,7 +176,8 @@ def merge_method(
     def register(function: Callable[..., Merged]) -> Callable[..., Merged]:
         if not inspect.getdoc(function):
             raise ValueError(f"{name} needs a docstring, which is all that `moa methods` can say about it")
-        _METHODS[name] = MergeMethod(name, function, paper, degree, dict(breaks or {}), tuple(aliases))
+        facts = (paper, degree, dict(breaks or {}), tuple(aliases), check, computes_in)
+        _METHODS[name] = MergeMethod(name, function, *facts)
         _ALIASES.update(dict.fromkeys(aliases, name))
         return function
 

@@ -99,6 +99,8 @@ def svd(updates: Sequence[LowRank], weights: Float[Tensor, " n"], *, rank: int |
         "rotation": "its rule acts on the entries of what is read, which a rotation of the inputs mixes",
         "span": "its rule acts on the entries of what is read, which leaves the span of the adapters' A",
     },
+    check=check_density,
+    computes_in="float32",
 )
 @of_nonzero
 def knots(
@@ -122,11 +124,7 @@ def knots(
         rule: how the tasks' entries are merged: add up all (sum), the largest of each (magnitude), the largest
             that agree in sign (ties), random ones (dare), or random ones that agree in sign (dare_ties).
         density: share of each task's entries that the rule keeps, in (0, 1].
-
-    Raises:
-        ValueError: a density outside (0, 1].
     """
-    check_density(density)
     left = span(torch.cat([update.B for update in updates], dim=1))
     writes = left.coordinates.split([update.rank for update in updates], dim=1)
     reads = [span(update.A.T).coordinates for update in updates]
@@ -158,6 +156,7 @@ def merged_entries(
         "identity": "its rule trims: one adapter comes back without small entries (all of it at density=1)",
         "duplicates": "its rule counts an adapter given twice as two that agree",
     },
+    check=check_density,
 )
 @of_nonzero
 def core_space(
@@ -181,9 +180,6 @@ def core_space(
         rule: how the cores' entries are merged: add up all (sum), the largest of each (magnitude), the largest
             that agree in sign (ties), random ones (dare), or random ones that agree in sign (dare_ties).
         density: share of each core's entries that the rule keeps, in (0, 1].
-
-    Raises:
-        ValueError: a density outside (0, 1].
     """
     shared = weighted_core(updates, weights)
     return Merged(*shared.expanded(merged_in_principal_bases(shared.cores, rule, density, seeds), rank))

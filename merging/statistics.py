@@ -28,14 +28,15 @@ class LayerStatistics:
     """One adapter's data at one layer.
 
     Attributes:
-        gram: [n, n], mean over tokens of x x^T for the layer's inputs x; symmetric.
+        gram: [n, n], mean over tokens of x x^T for the layer's inputs x; symmetric. None where a kept merge has no
+            use for it.
         tokens: how many tokens that is the mean of.
         fisher: [o], mean over tokens of g_j^2 ||x||^2, with g the gradient of the answers' negative
             log-likelihood by the layer's output: the diagonal Fisher information, summed over each row of
             the layer's matrix. None where gradients were not collected.
     """
 
-    gram: Float[Tensor, "n n"]
+    gram: Float[Tensor, "n n"] | None
     tokens: int
     fisher: Float[Tensor, " o"] | None = None
 
@@ -46,7 +47,7 @@ class Statistics(Mapping[str, LayerStatistics]):
 
     Attributes:
         read: gives a stored tensor by its key.
-        layers: layer name to the key of its Gram, its number of tokens, and whether it has a Fisher vector.
+        layers: layer name to the key of its Gram or None, its number of tokens, and whether it has a Fisher vector.
         about: where they come from: adapter_sha256, base_model, rows, text_sha256, ...
     """
 
@@ -57,7 +58,8 @@ class Statistics(Mapping[str, LayerStatistics]):
     def __getitem__(self, module: str) -> LayerStatistics:
         stored = self.layers[module]
         fisher = self.read(fisher_key(module)) if stored["fisher"] else None
-        return LayerStatistics(self.read(stored["gram"]), stored["tokens"], fisher)
+        gram = None if stored["gram"] is None else self.read(stored["gram"])
+        return LayerStatistics(gram, stored["tokens"], fisher)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.layers)
@@ -81,7 +83,7 @@ def write_statistics(path: str | Path, statistics: Statistics, about: Mapping[st
     from safetensors.torch import save_file
 
     path = Path(path)
-    keys = {stored["gram"] for stored in statistics.layers.values()}
+    keys = {stored["gram"] for stored in statistics.layers.values() if stored["gram"] is not None}
     keys |= {fisher_key(module) for module, stored in statistics.layers.items() if stored["fisher"]}
     header = {"format": FORMAT, "about": dict(about), "layers": {k: dict(v) for k, v in statistics.layers.items()}}
     tensors = {key: statistics.read(key).contiguous() for key in sorted(keys)}

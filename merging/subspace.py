@@ -49,10 +49,17 @@ def tsv(updates: Sequence[LowRank], weights: Float[Tensor, " n"], *, rank: int |
     return Merged(*shared.expanded(U * S @ V.T, rank))
 
 
+def check_beta(beta: float) -> None:
+    """Refuse a place between the sum and equal strengths that is none."""
+    if not 0 <= beta <= 1:
+        raise ValueError(f"beta is how far strengths are evened out and must be in [0, 1], got {beta}")
+
+
 @merge_method(
     "iso_c",
     paper="https://arxiv.org/abs/2502.04959",
     breaks={"identity": f"{FLATTENS} (beta=0 gives the sum)"},
+    check=check_beta,
 )
 @of_nonzero
 def iso_c(
@@ -67,17 +74,18 @@ def iso_c(
 
     Args:
         beta: from the sum as it is (0) to all directions equally strong (1).
-
-    Raises:
-        ValueError: a beta outside [0, 1].
     """
-    if not 0 <= beta <= 1:
-        raise ValueError(f"beta is how far strengths are evened out and must be in [0, 1], got {beta}")
     shared = weighted_core(updates, weights)
     whole = svd_of_sum(shared.cores)
     U, S, V = leading(whole, rank)
     update, _ = shared.expanded(U * ((1 - beta) * S + beta * S.mean()) @ V.T)
     return Merged(update, float(whole.S[len(S) :].square().sum()), {"norm_ratio": norm_ratio(update, whole)})
+
+
+def check_common(common: float) -> None:
+    """Refuse a share of common directions that is none."""
+    if not 0 < common <= 1:
+        raise ValueError(f"common is the share of common directions and must be in (0, 1], got {common}")
 
 
 @merge_method(
@@ -87,6 +95,7 @@ def iso_c(
         "identity": FLATTENS,
         "duplicates": "each adapter, copy or not, is given directions of its own",
     },
+    check=check_common,
 )
 @of_nonzero
 def iso_cts(
@@ -101,12 +110,7 @@ def iso_cts(
 
     Args:
         common: share of the directions that are common, in (0, 1]; each task still has at least one.
-
-    Raises:
-        ValueError: a share outside (0, 1].
     """
-    if not 0 < common <= 1:
-        raise ValueError(f"common is the share of common directions and must be in (0, 1], got {common}")
     shared = weighted_core(updates, weights)
     whole = svd_of_sum(shared.cores)
     K, N = min(len(whole.S), rank or len(whole.S)), len(updates)

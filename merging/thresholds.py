@@ -18,7 +18,7 @@ from moa.merging.layers import Layers
 from moa.merging.streaming import DenseRows, Thinning
 
 LAYER_SAMPLE, MODEL_SAMPLE = 2**16, 2**20
-"""Entries of each adapter that are drawn to set a bracket, over one layer or over all."""
+"""Entries of each adapter that are drawn at most to set a bracket, over one layer or over all."""
 DEVIATIONS = 5.0
 """Half the width of the first bracket, in standard deviations of the sample's quantile."""
 
@@ -88,7 +88,7 @@ def trims(stream: Stream, cut: Cut, entries: int, sample: int) -> dict[tuple[str
 
     Args:
         entries: how many entries the layers have together.
-        sample: about how many of them to draw; with no more than these, none are, and all are held.
+        sample: about how many of them to draw at most.
     """
     samples: dict[int, list[np.ndarray]] = {}
     total: dict[int, int] = {}
@@ -108,8 +108,12 @@ def trims(stream: Stream, cut: Cut, entries: int, sample: int) -> dict[tuple[str
 
 
 def sampled_places(shape: tuple[int, int], entries: int, sample: int) -> tuple[Tensor, Tensor]:
-    """Rows and columns of a layer's share of the sample, the same each time; none where all entries can be held."""
-    count = math.ceil(sample * math.prod(shape) / entries) if entries > sample else 0
+    """Rows and columns of a layer's share of the sample, the same each time.
+
+    Of E entries (2 E)^(2/3) are drawn, where `sample` allows it: more cost more than the narrower bracket saves,
+    in which E / sqrt(drawn) of them, times a constant, are to be partitioned.
+    """
+    count = math.ceil(min(sample, (2 * entries) ** (2 / 3)) * math.prod(shape) / entries)
     generator = torch.Generator().manual_seed(0)
     rows, columns = (torch.randint(size, (count,), generator=generator) for size in shape)
     return rows, columns
@@ -123,7 +127,7 @@ class Search:
     """Looks for the count-th largest of one adapter's values.
 
     Args:
-        sample: some of the values, in any order; with none, all values are held.
+        sample: some of the values, in any order.
         floor: values not above it are of no interest; where that leaves fewer than `count`, it is the result.
     """
 
@@ -135,9 +139,10 @@ class Search:
 
     def _bracket(self, deviations: float) -> None:
         m = len(self.sample)
-        margin = (deviations * math.sqrt(self.share * (1 - self.share) / m) + 2 / m) if m else 1.0
+        margin = deviations * math.sqrt(self.share * (1 - self.share) / m) + 2 / m
         high, low = math.ceil((1 - self.share + margin) * m), math.floor((1 - self.share - margin) * m)
-        ordered = np.partition(self.sample, [at for at in (low, high) if 0 < at < m]) if m else self.sample
+        within = [at for at in (low, high) if 0 < at < m]
+        ordered = np.partition(self.sample, within) if within else self.sample
         self.deviations = deviations
         self.high = float(ordered[high]) if high < m else math.inf
         self.low = max(float(np.nextafter(ordered[low], -np.inf)) if low > 0 else -math.inf, self.floor)

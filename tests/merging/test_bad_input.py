@@ -1,15 +1,20 @@
 """Whatever is wrong with adapters or a merge, the answer is one sentence that says so, and nothing is written."""
 
+import inspect
 import json
+import re
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
-from moa.adapters import read_adapter, write_adapter
+from moa.adapters import Extras, read_adapter, write_adapter
 from moa.errors import one_line
-from moa.merging import RankRule, merge
+from moa.merging import RankRule, find_method, merge, merge_recipe, methods
 from moa.merging.cli import main
 
+DOWN = "model.layers.0.mlp.down_proj"
 Q = "base_model.model.model.layers.0.self_attn.q_proj"
 
 
@@ -57,10 +62,87 @@ def refusal(adapters, **options):
     ],
 )
 def test_options_that_make_no_sense_are_refused(options, message, folders, tmp_path):
-    import re
-
     assert re.search(message, refusal(folders, output=tmp_path / "out", **options))
     assert not (tmp_path / "out").exists()
+
+
+CHECKED = {m.name: inspect.signature(m.check).parameters for m in methods().values() if m.check}
+LIMITED = [(m.name, option) for m in methods().values() for option in m.options if option in CHECKED.get(m.name, ())]
+
+
+@pytest.mark.parametrize(("method", "option"), LIMITED)
+def test_a_value_that_an_option_cannot_have_is_refused_before_an_adapter_is_read(method, option):
+    kind = type(find_method(method).options[option].default)
+    value = {float: float("nan"), int: -1, str: "no-such-method", type(None): -1.0}[kind]
+    assert re.search(rf"\b{option}\b|no merge method", refusal(["nowhere"], method=method, **{option: value}))
+
+
+def test_every_number_that_has_a_limit_is_checked_before_an_adapter_is_read():
+    """What is not depends on the adapters (k, groups), or may be any number (start)."""
+    numbers = {(m.name, o) for m in methods().values() for o, p in m.options.items() if p.annotation in (int, float)}
+    late = {("consensus", "k"), ("hierarchical", "groups"), ("adamerging", "start")}
+    assert numbers - set(LIMITED) == late
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["--method", "ties", "--density", "3"],
+            "density is the share of entries to keep and must be in (0, 1], got 3",
+        ),
+        (["--method", "ties", "--density", "3", "--state", "kept"], "density is the share of entries to keep"),
+        (["--method", "hierarchical", "--node", "tise"], "there is no merge method 'tise'"),
+        (["--method", "svd", "--density", "0.3"], "svd has no option 'density'"),
+        (
+            ["--method", "lorahub", "--budget", "0", "--model", "m", "--tasks", "sst2"],
+            "budget must be more than 0, got 0",
+        ),
+        (
+            ["--method", "lorahub", "--model", "m", "--tasks", "sst2", "--density", "1"],
+            "lorahub has no option 'density'",
+        ),
+        (["--method", "lorahub", "--model", "m", "--tasks", "sst2", "--output", "file/out"], "file is a file, choose"),
+    ],
+)
+def test_options_and_output_are_checked_before_adapters_and_models_are_read(
+    words, message, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    monkeypatch.setattr("moa.model_objective.objective_for", lambda *_, **__: pytest.fail("the model was read"))
+    monkeypatch.setattr("moa.merging.checks.read_adapter", lambda *_, **__: pytest.fail("an adapter was read"))
+    with pytest.raises(SystemExit) as caught:
+        main(["a", "b", "--output", "out", *words])
+    assert caught.value.code == 2 and message in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_an_output_that_cannot_be_created_is_refused_before_an_adapter_is_read(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    assert "file is a file, choose another output folder" in refusal(["nowhere"], output=tmp_path / "file" / "out")
+    monkeypatch.setattr("os.access", lambda place, mode: Path(place) != tmp_path)
+    with pytest.raises(PermissionError, match=f"cannot be created: {tmp_path} is not writable"):
+        merge(["nowhere"], output=tmp_path / "new" / "out")
+    with pytest.raises(PermissionError):
+        merge_recipe({"adapters": [{"adapters": ["nowhere"]}], "output": str(tmp_path / "out")})
+
+
+@pytest.mark.parametrize(
+    ("held", "names"),
+    [
+        ({"lora_bias": {DOWN: torch.ones(24)}}, "lora_bias"),
+        (
+            {"saved": {"lm_head.weight": torch.ones(2, 2)}, "base_bias": {"q.bias": torch.ones(2)}},
+            "trained biases, mod",
+        ),
+    ],
+)
+def test_a_norm_is_not_restored_beside_what_is_more_than_updates(held, names, adapters, tmp_path):
+    more = replace(adapters[0], extras=Extras(**held))
+    message = refusal([more, adapters[1]], restore_norm=True, base="tiny/base", output=tmp_path / "out")
+    assert f"restore_norm changes the updates alone, and these adapters hold {names}" in message
+    assert message.endswith("too: use scale") and not (tmp_path / "out").exists()
 
 
 def test_no_adapters_or_one_outside_a_list_is_refused(folders):

@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from moa.merging.catalog import BROUGHT_BY, main, markdown, page
-from moa.merging.cli import _parse
+from moa.merging.flags import parse
 from moa.merging.registry import NEEDS, methods, optional
 
 OPTIONS = [(method.name, option) for method in methods().values() for option in method.options]
@@ -51,7 +51,7 @@ def flags(method, option):
 @pytest.mark.parametrize(("method", "option"), OPTIONS)
 def test_every_value_of_every_option_can_be_set_by_its_flag(method, option):
     for words, value in flags(method, option):
-        got = getattr(_parse(["a", "b", "--method", method, *words, "--output", "c"]), option)
+        got = getattr(parse(["a", "b", "--method", method, *words, "--output", "c"]), option)
         assert got == value and type(got) is type(value)
 
 
@@ -87,6 +87,7 @@ def test_the_page_of_a_method_holds_all_that_the_registry_knows(method):
     assert all(f"needs {need}: {BROUGHT_BY[need]}" in text for need in method.needs)
     assert all(f"{law} (" in text and reason in text for law, reason in method.breaks.items())
     assert all(alias in text for alias in method.aliases) and (method.paper or "") in text
+    assert ("computes in float32, whatever --dtype is" in text) == (method.computes_in == "float32")
 
 
 def test_a_page_fits_the_console_and_keeps_brackets(capsys):

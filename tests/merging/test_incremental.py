@@ -365,8 +365,8 @@ CUT = {"kind": "truncated", "rank": 4}
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"kind": "exat"}, "is exact or truncated, got 'exat'; did you mean 'exact'"),
-        ({"rank": 4}, "an exact state keeps every rank, got rank 4"),
+        ({"kind": "exat"}, "is exact or statistics or truncated, got 'exat'; did you mean 'exact'"),
+        ({"rank": 4}, "a state of kind 'exact' takes no rank, got 4: leave it out, or create one of kind 'truncated'"),
         ({"kind": "truncated"}, "needs the rank to cut its sum to, a whole number from 1, got None"),
         ({"kind": "truncated", "rank": 0}, "whole number from 1, got 0"),
         ({"weights": [1.0]}, "got 1 for 3 adapters"),

@@ -46,9 +46,10 @@ def test_output_is_a_folder_with_the_numbers_and_a_picture(folders, tmp_path, ca
 
 def test_the_picture_holds_the_numbers_in_the_order_of_the_tree(adapters):
     found = geometry([adapters[0], adapters[2], adapters[0]])
-    cosines, overlaps, groups, cancelled = draw(found).axes
+    cosines, signs, overlaps, mean, largest, groups, cancelled = draw(found).axes
     order = [label.get_text() for label in cosines.get_yticklabels()]
-    assert order == [label.get_text() for label in overlaps.get_yticklabels()]
+    for panel in (signs, overlaps, mean, largest):
+        assert order == [label.get_text() for label in panel.get_yticklabels()]
     assert order == [label.get_text() for label in sorted(groups.get_yticklabels(), key=lambda t: t.get_position()[1])]
     assert groups.yaxis_inverted() and cosines.yaxis_inverted()  # both from top to bottom
     texts = {text.get_position(): text.get_text() for text in cosines.texts}
@@ -57,8 +58,34 @@ def test_the_picture_holds_the_numbers_in_the_order_of_the_tree(adapters):
     assert [line.get_label() for line in cancelled.lines] == ["down_proj", "q_proj", "v_proj", "if orthogonal"]
 
 
-def test_what_is_undefined_is_a_dash(adapters):
+@pytest.mark.parametrize(
+    ("panel", "above", "below", "digits"),
+    [
+        (1, "sign_conflict", "sign_conflict", 2),
+        (2, "input_overlap", "output_overlap", 2),
+        (3, "input_mean_angle", "output_mean_angle", 1),
+        (4, "input_largest_angle", "output_largest_angle", 1),
+    ],
+)
+def test_inputs_stand_above_the_diagonal_and_outputs_below(panel, above, below, digits, adapters):
+    found = geometry(adapters)
+    axes = draw(found).axes[panel]
+    names = [label.get_text() for label in axes.get_yticklabels()]
+    got = {text.get_position(): text.get_text() for text in axes.texts}
+    assert len(got) == 6
+    for (column, row), text in got.items():
+        expected = getattr(found.whole, above if column > row else below)
+        place = found.names.index(names[row]), found.names.index(names[column])
+        assert text == f"{float(expected[place]):.{digits}f}"
 
+
+def test_the_line_where_adapters_agree_is_in_the_picture_even_if_all_do(adapters):
+    groups = draw(geometry([adapters[0], adapters[0]])).axes[5]
+    left, right = groups.get_xlim()
+    assert left > 0.9 > right
+
+
+def test_what_is_undefined_is_a_dash(adapters):
     alone = replace(
         adapters[2], name="alone", modules={"other": adapters[2].modules["model.layers.0.self_attn.q_proj"]}
     )

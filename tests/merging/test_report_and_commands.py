@@ -9,6 +9,7 @@ from typing import Literal, get_args, get_origin
 import pytest
 import torch
 from rich.console import Console
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from moa.adapters import read_adapter
 from moa.merging import Merged, RankRule, find_method, merge, merge_method, methods
@@ -211,6 +212,27 @@ def test_a_name_is_registered_once_and_laws_must_exist():
     assert "new" not in methods()
 
 
+class Products(TorchDispatchMode):
+    """Which dtypes matrices are multiplied in."""
+
+    def __init__(self):
+        super().__init__()
+        self.dtypes = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.bmm, torch.ops.aten.addmm):
+            self.dtypes.add(args[-1].dtype)
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("name", [name for name, m in methods().items() if not m.needs and name != "hierarchical"])
+def test_a_method_computes_in_the_dtype_that_it_says(name, adapters):
+    pair = [replace(adapter, modules={Q: adapter.modules[Q].truncated(2)[0]}) for adapter in adapters[:2]]
+    with Products() as products:
+        merge(pair, name, dtype="float64")
+    assert (torch.float32 in products.dtypes) == (find_method(name).computes_in == "float32")
+
+
 def test_every_option_of_every_method_is_described():
     for method in methods().values():
         assert method.summary.endswith(".")
@@ -273,16 +295,68 @@ def test_another_name_is_reported_as_the_methods_own(folders, tmp_path, capsys):
             assert (tmp_path / alias / file).read_bytes() == (tmp_path / name / file).read_bytes()
 
 
-def test_the_help_of_the_merge_command_has_every_option_of_every_method(capsys):
+@pytest.fixture
+def help_of(capsys, monkeypatch):
+    """What `moa merge ... --help` prints."""
+    monkeypatch.setenv("COLUMNS", "2000")
+
+    def printed(*words):
+        with pytest.raises(SystemExit) as stop:
+            merge_command([*words, "--help"])
+        assert stop.value.code == 0
+        return capsys.readouterr().out
+
+    return printed
+
+
+def shown(page):
+    """The flags that a help page explains."""
+    lines = (line.split("  ")[1] for line in page.splitlines() if line.startswith("  -"))
+    return {word.strip(",") for line in lines for word in line.split() if word.startswith("-")}
+
+
+RANK_FLAGS = {f"--{f.name if 'rank' in f.name else f'rank-{f.name}'}".replace("_", "-") for f in fields(RankRule)}
+
+
+def test_the_help_of_the_merge_command_fits_two_screens_and_names_every_method_once(help_of, monkeypatch):
+    page = help_of()
+    listed = page.partition("\nmethods:\n")[2].partition("\n\n")[0]
+    names = [name for line in listed.splitlines() for name in line.partition(":")[0].strip().split(", ")]
+    assert sorted(names) == list(methods())
+    assert "examples:\n  moa merge" in page and "--method ties --help" in page and "--rank auto --help" in page
+    options = {f"--{option.replace('_', '-')}" for method in methods().values() for option in method.options}
+    assert not shown(page) & (options | RANK_FLAGS)
+    monkeypatch.setenv("COLUMNS", "100")
+    assert len(help_of().splitlines()) < 80
+
+
+@pytest.mark.parametrize("method", methods().values(), ids=lambda method: method.name)
+def test_the_help_of_a_method_shows_its_own_options_alone_and_in_one_spelling(method, help_of):
+    page = help_of("--method", method.name)
+    own = page.partition(f"options of {method.name}:")[2]
+    spelt = {flag for flag in shown(own) if not flag.startswith("--no-")}
+    assert spelt >= {f"--{option.replace('_', '-')}" for option in method.options}
+    assert not any("_" in flag for flag in shown(page))
+    others = {option for m in methods().values() for option in m.options} - method.options.keys()
+    assert not shown(page) & {f"--{option.replace('_', '-')}" for option in others}
+    for option, parameter in method.options.items():
+        assert method.describe(option).rstrip(".") in page
+        assert parameter.default is None or f"(default: {parameter.default})" in own
+    assert ("--model" in shown(page)) == ("objective" in method.needs)
+    assert ("--statistics" in shown(page)) == ("statistics" in method.needs)
+
+
+def test_the_help_of_a_method_is_found_by_its_other_name_too(help_of, capsys):
+    assert help_of("--method", "cat") == help_of("--method", "concatenation")
     with pytest.raises(SystemExit) as stop:
-        merge_command(["--help"])
-    printed = capsys.readouterr().out
-    assert stop.value.code == 0
-    for method in methods().values():
-        for option in method.options:
-            assert f"--{option.replace('_', '-')}" in printed and f"--{option}" in printed
-    for field in fields(RankRule):
-        assert f"--{field.name if 'rank' in field.name else f'rank-{field.name}'}".replace("_", "-") in printed
+        merge_command(["--method", "tise", "--help"])
+    assert stop.value.code == 2 and "did you mean 'ties'?" in capsys.readouterr().err
+
+
+def test_the_help_of_rank_auto_shows_how_ranks_are_chosen(help_of):
+    page = help_of("--rank", "auto")
+    assert shown(page) >= {*RANK_FLAGS, "--statistics"}
+    assert not RANK_FLAGS & shown(help_of("--rank", "4"))
 
 
 OPTIONS = [(m.name, o) for m in methods().values() for o in m.options]
@@ -294,7 +368,7 @@ def test_every_option_of_every_method_is_read_from_the_command_line_as_what_it_i
     monkeypatch.setattr("moa.merging.cli.merge_recipe", lambda recipe, **more: asked.update(recipe, **more) or 1 / 0)
     parameter = find_method(method).options[option]
     kind, _ = optional(parameter.annotation)
-    value = get_args(kind)[-1] if get_origin(kind) is Literal else {bool: True, int: 3, float: 0.25, str: "text"}[kind]
+    value = get_args(kind)[-1] if get_origin(kind) is Literal else {bool: True, int: 3, float: 0.25, str: "svd"}[kind]
     flag = f"--{option.replace('_', '-')}"
     several = {optional(m.options[option].annotation)[0] for m in methods().values() if option in m.options}
     words = [flag] if several == {bool} else [flag, str(value).lower() if kind is bool else str(value)]

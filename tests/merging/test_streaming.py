@@ -122,7 +122,7 @@ def test_an_update_of_mostly_zeros_keeps_what_it_has_and_its_zeros_are_never_hel
     )
     (kept,) = thinned(dense, thinnings(dense, Cut(0.5))).values()
     torch.testing.assert_close(kept.double(), sparse.delta(), rtol=1e-5, atol=1e-5)
-    assert sum(held) == 3 * 40
+    assert sum(held) <= 3 * 40
 
 
 def test_the_directions_that_updates_span_are_counted_once():
