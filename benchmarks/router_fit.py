@@ -10,8 +10,10 @@ all tasks' rows, measured on a few steps a task and scaled.
 from __future__ import annotations
 
 import argparse
+import os
 import tempfile
 import time
+from unittest import mock
 
 import torch
 from peft import LoraConfig
@@ -23,10 +25,11 @@ from moa.router import SequenceRouter
 from moa.tasks import DEMO_TASKS, Example, load_task
 from moa.training.data import completion_dataset
 from moa.training.lora import attention_projections
-from moa.training.router_fit import FeatureDataset, compute_features
+from moa.training.prompt_features import PromptFeatures
+from moa.training.router_options import RouterTrainingArguments
+from moa.training.router_trainer import FeatureDataset, RouterTrainer
 from moa.training.train_lora import LoraTrainingConfig
-from moa.training.train_moa import RouterTrainingArguments
-from moa.training.trainer import LoraTrainer, RouterTrainer
+from moa.training.trainer import LoraTrainer
 
 
 class Stopwatch(TrainerCallback):
@@ -71,17 +74,19 @@ def main() -> None:
     model, tokenizer = load_base_model(arguments.model), load_tokenizer(arguments.model)
     prompts = [example.prompt for of_task in examples for example in of_task]
     labels = torch.tensor([index for index, of_task in enumerate(examples) for _ in of_task])
+    targets = torch.nn.functional.one_hot(labels).float()
     layer = default_layer(model)
 
     started = time.perf_counter()
-    features = compute_features(model, tokenizer, layer, prompts, batch_size=16)
+    with tempfile.TemporaryDirectory() as fresh, mock.patch.dict(os.environ, MOA_CACHE=fresh):
+        features = PromptFeatures(model, tokenizer, prompts).pooled(layer, "mean")
     prefix = time.perf_counter() - started
 
     router = SequenceRouter(features.shape[1], len(tasks))
     router.standardise(features)
     with tempfile.TemporaryDirectory() as folder:
         settings = RouterTrainingArguments(output_dir=folder, save_strategy="no", disable_tqdm=True)
-        trainer = RouterTrainer(model=router, args=settings, train_dataset=FeatureDataset(features, labels))
+        trainer = RouterTrainer(model=router, args=settings, train_dataset=FeatureDataset(features, targets))
         started = time.perf_counter()
         trainer.train()
         fit = time.perf_counter() - started

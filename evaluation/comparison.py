@@ -11,12 +11,15 @@ from typing import Any
 
 from sklearn.metrics import confusion_matrix
 
+from moa.attention import attention_of
 from moa.base_model import portable_name
 from moa.evaluation import metrics
+from moa.evaluation.routed import calibration, fallen_back
 from moa.evaluation.runner import Questions
 from moa.evaluation.summary import normalised
 from moa.evaluation.systems import System
 from moa.fingerprint import fingerprint
+from moa.intervals import share_of
 from moa.model import MoaModel
 
 PACKAGES = ("torch", "transformers", "peft", "sacrebleu", "rouge-score", "scikit-learn", "moa-peft")
@@ -40,6 +43,7 @@ def results(
         "source": source,
         "base_model": portable_name(base),
         "base_weights": {"dtype": str(base.dtype).removeprefix("torch."), "fingerprint": fingerprint(base)},
+        "attention": attention_of(base),
         "remarks": remarks(model),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {model.device.type}",
         "versions": {package: version(package) for package in PACKAGES},
@@ -54,6 +58,7 @@ def results(
         ],
         "cells": [*({k: v for k, v in cell.items() if k != "key"} for cell in cells), *_oracle(cells)],
         "router": _router(model, cells),
+        "fallback": fallen_back(model.experts, cells),
         "costs": [{"system": system.name, **system.cost} for system in systems if system.cost],
     }
 
@@ -113,9 +118,12 @@ def _router(model: MoaModel, cells: Sequence[dict[str, Any]]) -> dict[str, Any] 
     if not pairs:
         return None
     tasks, chosen = zip(*pairs, strict=True)
+    confusion = confusion_matrix(tasks, chosen, labels=range(len(names)))
+    sent = zip(names, confusion.diagonal().tolist(), confusion.sum(axis=1).tolist(), strict=True)
     return {
         "names": names,
-        "accuracy": sum(task == expert for task, expert in pairs) / len(pairs),
-        "confusion": confusion_matrix(tasks, chosen, labels=range(len(names))).tolist(),
-        "n": len(pairs),
+        **share_of(int(confusion.trace()), len(pairs)),
+        "tasks": {name: share_of(right, count) for name, right, count in sent if count},
+        "confusion": confusion.tolist(),
+        "calibration": calibration(names, cells),
     }

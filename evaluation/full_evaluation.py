@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 EXAMPLES = "\n".join(line.strip() for line in (__doc__ or "").splitlines() if line.startswith("    "))
 
+COUNTS = ("rows", "other_rows", "validation_rows", "batch_size", "max_new_tokens")
+
 
 @dataclass
 class EvaluationArguments:
@@ -55,6 +57,13 @@ class EvaluationArguments:
             "none compares no merge"
         },
     )
+    routers: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "other routers to compare: uniform (all experts in equal parts), random, centroid (the nearest "
+            "mean of prompts), arrow (each token at each layer); the oracle is in every table"
+        },
+    )
     scales: list[float] = field(
         default_factory=lambda: [0.25, 0.5, 1.0, 1.5, 2.0, 3.0],
         metadata={"help": "strengths to choose from on validation rows, 1 is the mean; the average keeps its 1"},
@@ -66,6 +75,13 @@ class EvaluationArguments:
         default=None, metadata={"help": "cap on the length of generated answers; default what each task says"}
     )
     batch_size: int = field(default=32, metadata={"help": "prompts at once"})
+    attn_implementation: str = field(
+        default="auto",
+        metadata={
+            "help": "attention, as in from_pretrained; auto: FlashAttention 4, 3 or 2 where GPU and packages allow, "
+            "else sdpa; eager is faster on a CPU when prompts are short"
+        },
+    )
     seed: int = field(default=0, metadata={"help": "which examples are drawn"})
     output_dir: str = field(default="outputs/evaluation", metadata={"help": "where cells, results and report go"})
 
@@ -75,15 +91,20 @@ def main(argv: list[str] | None = None) -> None:
     (asked,) = parse(EvaluationArguments, argv, prog="full_evaluation.py", examples=EXAMPLES)
     from rich.console import Console
 
+    from moa.attention import check_attention, set_attention
     from moa.evaluation.comparison import card_scores, other_scores
     from moa.evaluation.merges import AskedMerge
+    from moa.evaluation.other_routers import check_routers
     from moa.evaluation.report import print_table, write_html, write_json
     from moa.model import MoaModel
     from moa.saving import describe_mixture
 
     check_counts(asked)
+    check_routers(asked.routers)
     merges = [AskedMerge.read(spec) for spec in asked.methods if asked.methods != ["none"]]
+    check_attention(asked.attn_implementation)
     model = MoaModel.from_pretrained(asked.model, asked.mixture, check_base=asked.check_base)
+    set_attention(model.get_base_model(), asked.attn_implementation)
     found = compare(model, merges, asked)
     output = Path(asked.output_dir)
     write_json(found, output / "results.json")
@@ -95,9 +116,9 @@ def main(argv: list[str] | None = None) -> None:
     print(f"\nresults: {output / 'results.json'}\nreport:  {output / 'report.html'}")
 
 
-def check_counts(asked: EvaluationArguments) -> None:
+def check_counts(asked: Any, options: Sequence[str] = COUNTS) -> None:
     """Refuse a number below 1."""
-    for option in ("rows", "other_rows", "validation_rows", "batch_size", "max_new_tokens"):
+    for option in options:
         value = getattr(asked, option)
         if value is not None and value < 1:
             raise ValueError(f"--{option} must be at least 1, got {value}")
@@ -111,18 +132,21 @@ def compare(model: MoaModel, merges: Sequence[AskedMerge], asked: EvaluationArgu
     from moa.evaluation.comparison import remarks, results
     from moa.evaluation.kept import Kept
     from moa.evaluation.merges import merge_systems, needs_of
+    from moa.evaluation.other_routers import router_systems
     from moa.evaluation.runner import Questions, fill_table
     from moa.evaluation.systems import unmerged_systems
 
     for remark in remarks(model):
         print(remark, flush=True)
     tokenizer = load_tokenizer(asked.model or model.moa_config.base_model)
+    if asked.check_base:
+        model.check_tokenizer(tokenizer)
     tasks = [capped(task, asked.max_new_tokens) for task in tasks_of(asked.tasks, model.experts)]
     rows = {"source": asked.source, "data_dir": asked.data_dir, "seed": asked.seed}
     questions = [Questions(task, task.examples("test", limit=asked.rows, **rows), asked.other_rows) for task in tasks]
     validation = [task.examples("validation", limit=asked.validation_rows, **rows) for task in tasks if merges]
     kept = Kept(Path(asked.output_dir) / "cells", model)
-    unmerged = unmerged_systems(model)
+    unmerged = [*unmerged_systems(model), *router_systems(model, asked.routers, seed=asked.seed)]
     few_shot = dict(zip((task.name for task in tasks), validation, strict=False))
     needs = needs_of(merges, model, tokenizer, Path(asked.mixture), few_shot)
     systems = chain(unmerged, merge_systems(model, tokenizer, merges, asked.scales, validation, kept, needs))

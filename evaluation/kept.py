@@ -10,6 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from moa.attention import attention_of
 from moa.evaluation.files import write_whole
 from moa.fingerprint import fingerprint
 from moa.model import MoaModel
@@ -22,12 +23,14 @@ class Kept:
 
     Attributes:
         directory: where the files are.
-        answerer: fingerprint of the base model and versions of the packages; with others everything is asked anew.
+        answerer: fingerprint and attention of the base model, and versions of the packages; with others everything is
+            asked anew.
     """
 
     def __init__(self, directory: Path, model: MoaModel):
         self.directory = directory
-        self.answerer = [fingerprint(model.get_base_model()), *(version(package) for package in PACKAGES)]
+        base = model.get_base_model()
+        self.answerer = [fingerprint(base), attention_of(base), *(version(package) for package in PACKAGES)]
 
     def get(self, name: str, asked: Sequence[Any], compute: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
         """What `name` holds, if it was computed for just this; else it is computed, and kept.

@@ -89,28 +89,48 @@ def merge_systems(
         kept: holds the strength that was found, so that a resumed run neither looks nor merges again.
         needs: `statistics` of the experts and the `objective`, for the methods that need them.
     """
-    texts = [[example.prompt + example.answer for example in examples] for examples in validation]
     for index, asked in enumerate(merges):
-        adapter = f"merge_{index}"
-        make, data = partial(_make, model, asked, adapter, needs), _described(asked, needs)
-        tried_scales = [] if asked.method.name in UNSCALED else sorted(scales)
-
-        def choose(make=make, adapter=adapter, tried_scales=tried_scales) -> dict[str, Any]:
-            make()
-            scale, tried = 1.0, {}
-            if tried_scales:
-                scale, tried = choose_scale(model, tokenizer, adapter, validation, tried_scales)
-            return {"scale": scale, "nll": tried, "cost": adapter_cost(model, [adapter])}
-
-        question = [experts_fingerprint(model), asked.spec, tried_scales, texts, data]
-        choice = kept.get(f"scale-{asked.spec}", question, choose)
+        adapter, data = f"merge_{index}", described_needs(asked, needs)
+        make = partial(make_merge, model, asked, adapter, needs)
+        choice = chosen_strength(model, tokenizer, asked, adapter, scales, validation, kept, needs)
         yield merge_system(model, adapter, make, asked.spec, choice, data)
         if adapter in model.peft_config:
             model.delete_adapter(adapter)
 
 
-def _make(model: MoaModel, asked: AskedMerge, adapter: str, needs: Mapping[str, Any]) -> None:
-    """Merge into the model as `adapter`, unless that was done."""
+def chosen_strength(
+    model: MoaModel,
+    tokenizer: PreTrainedTokenizerBase,
+    asked: AskedMerge,
+    adapter: str,
+    scales: Sequence[float],
+    validation: Sequence[Sequence[Example]],
+    kept: Kept,
+    needs: Mapping[str, Any],
+    of: str = "",
+) -> dict[str, Any]:
+    """The `scale` of a merge of the model's experts, the `nll` on validation rows of each that was tried, its `cost`.
+
+    Args:
+        adapter: name to merge into, unless the answer was kept.
+        of: names the merge in the folder of what is kept, where there are several by one method.
+    """
+    tried_scales = [] if asked.method.name in UNSCALED else sorted(scales)
+
+    def choose() -> dict[str, Any]:
+        make_merge(model, asked, adapter, needs)
+        scale, tried = 1.0, {}
+        if tried_scales:
+            scale, tried = choose_scale(model, tokenizer, adapter, validation, tried_scales)
+        return {"scale": scale, "nll": tried, "cost": adapter_cost(model, [adapter])}
+
+    texts = [[example.prompt + example.answer for example in examples] for examples in validation]
+    question = [experts_fingerprint(model), asked.spec, tried_scales, texts, described_needs(asked, needs)]
+    return kept.get(f"scale-{of}{asked.spec}", question, choose)
+
+
+def make_merge(model: MoaModel, asked: AskedMerge, adapter: str, needs: Mapping[str, Any], scale: float = 1.0) -> None:
+    """Merge the model's experts into `adapter`, unless that was done."""
     if adapter in model.peft_config:
         return
     errors = Console(stderr=True)
@@ -118,13 +138,14 @@ def _make(model: MoaModel, asked: AskedMerge, adapter: str, needs: Mapping[str, 
         asked.method.name,
         rank=asked.rank,
         into=adapter,
+        scale=scale,
         progress=lambda names, description: track(names, description, console=errors, transient=True),
         **{need: needs[need] for need in asked.method.needs},
         **asked.options,
     )
 
 
-def _described(asked: AskedMerge, needs: Mapping[str, Any]) -> str:
+def described_needs(asked: AskedMerge, needs: Mapping[str, Any]) -> str:
     """What the merge depends on beside the experts; nothing for most methods."""
     about = []
     if "statistics" in asked.method.needs:

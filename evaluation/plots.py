@@ -17,7 +17,7 @@ from moa.evaluation.summary import Results, headline_score, normalised, refused_
 
 INK = "#010203"  # stands for currentColor, which Matplotlib does not know
 FAINT = "#8c8c8c"
-COLOURS = {"base": "#9aa0a6", "lora": "#7ea6d6", "moa": "#1f6fd6", "merge": "#e08a3c"}
+COLOURS = {"base": "#9aa0a6", "lora": "#7ea6d6", "moa": "#1f6fd6", "router": "#5bb0a8", "merge": "#e08a3c"}
 STYLE: dict[Any, Any] = {
     "font.size": 9,
     "svg.hashsalt": "moa",  # same results, same bytes
@@ -35,7 +35,7 @@ def score_bars(results: Results) -> str:
     summary = normalised(results)
     shown = [s for s in results["systems"] if s["kind"] != "oracle" and summary[s["name"]]["score"] is not None]
     with matplotlib.rc_context(STYLE):
-        figure, axes = _figure(0.27 * len(shown) + 0.8)
+        figure, axes = blank_figure(0.27 * len(shown) + 0.8)
         for row, system in enumerate(shown):
             _bar(axes, row, COLOURS[system["kind"]], summary[system["name"]])
         axes.axvline(100, color=INK, linewidth=1, linestyle=(0, (4, 3)))
@@ -47,7 +47,7 @@ def score_bars(results: Results) -> str:
         axes.grid(axis="x", color=FAINT, alpha=0.3, linewidth=0.6)
         axes.set_axisbelow(True)
         axes.spines[["top", "right", "left"]].set_visible(False)
-        return _svg(figure, "bars")
+        return as_svg(figure, "bars")
 
 
 def adapter_heat_map(results: Results) -> str:
@@ -59,13 +59,13 @@ def adapter_heat_map(results: Results) -> str:
     texts = [["" if score is None else f"{score:.0f}" for score in row] for row in scores]
     columns = [f"{task} *" if task in refused else task for task in tasks]
     with matplotlib.rc_context(STYLE):
-        figure, axes = _figure(0.34 * len(loras) + 1.7)
+        figure, axes = blank_figure(0.34 * len(loras) + 1.7)
         rows = [lora.split(":", 1)[-1] for lora in loras]
         _matrix(axes, np.array(shares, dtype=float).clip(0, 100), texts, rows, columns)
         axes.set_ylabel("LoRA trained on")
         axes.set_xlabel("scored on")
         figure.colorbar(axes.images[0], ax=axes, label="% of the task's own LoRA", fraction=0.05, pad=0.02)
-        return _svg(figure, "heat")
+        return as_svg(figure, "heat")
 
 
 def router_confusion(router: Mapping[str, Any]) -> str:
@@ -74,15 +74,31 @@ def router_confusion(router: Mapping[str, Any]) -> str:
     shares = 100 * counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     texts = [[f"{count:.0f}" if count else "·" for count in row] for row in counts]
     with matplotlib.rc_context(STYLE):
-        figure, axes = _figure(0.34 * len(counts) + 1.7)
+        figure, axes = blank_figure(0.34 * len(counts) + 1.7)
         _matrix(axes, shares, texts, router["names"], router["names"])
         axes.set_ylabel("task of the prompt")
         axes.set_xlabel("routed to")
         figure.colorbar(axes.images[0], ax=axes, label="% of the task's prompts", fraction=0.05, pad=0.02)
-        return _svg(figure, "router")
+        return as_svg(figure, "router")
 
 
-def _figure(height: float) -> tuple[Figure, Axes]:
+def risk_curve(router: Mapping[str, Any]) -> str:
+    """Wrong experts among the prompts that the router is surest of, against their share of all prompts."""
+    risks = 100 * np.array(router["calibration"]["risks"])
+    coverage = 100 * np.arange(1, len(risks) + 1) / len(risks)
+    with matplotlib.rc_context(STYLE):
+        figure, axes = blank_figure(1.9)
+        axes.plot(coverage, risks, color=COLOURS["moa"], marker="o", markersize=3)
+        axes.set_xlim(0, 103)
+        axes.set_ylim(0, max(1.0, 1.1 * risks.max()))
+        axes.set_xlabel("surest prompts, % of all")
+        axes.set_ylabel("wrong LoRA, %")
+        axes.grid(color=FAINT, alpha=0.3, linewidth=0.6)
+        axes.spines[["top", "right"]].set_visible(False)
+        return as_svg(figure, "risk")
+
+
+def blank_figure(height: float) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
     figure.patch.set_alpha(0)
     axes = figure.subplots()
@@ -126,7 +142,7 @@ def _matrix(
         axes.text(column, row, texts[row][column], ha="center", va="center", color=ink, fontsize=8)
 
 
-def _svg(figure: Figure, name: str) -> str:
+def as_svg(figure: Figure, name: str) -> str:
     """The <svg> element alone, its ids prefixed: three figures share one page."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None})

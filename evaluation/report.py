@@ -4,15 +4,20 @@ The results are one dictionary, the content of results.json:
 
     {"created": ISO time, "seed": int, "versions": {package: version}, "machine": str,
      "base_model": name of the one that was loaded,
+     "attention": the implementation that answered,
      "base_weights": {"dtype": "bfloat16", "fingerprint": sha256 of `moa.fingerprint`}, "source": str,
      "remarks": [sentence that a reader must know],
      "tasks": {task: {"metric": "accuracy", "headline": "accuracy", "settings": how it is computed (optional),
                       "examples": {"each": 60, "for a LoRA of another task": 24}}},
-     "systems": [{"name": "merge:ties", "kind": base | lora | oracle | moa | merge, "note": str}],
+     "systems": [{"name": "merge:ties", "kind": base | lora | oracle | moa | router | merge, "note": str}],
      "cells": [{"system": str, "task": str, "n": int, "scores": {"accuracy": 81.7, ...},   # 0 to 100
                 "nll": nats | null, "generated": {"accuracy": 80.0, "unparsable": 1.7} | null,
                 "per_example": [headline score of each example], "seconds": 3.1}],
-     "router": {"accuracy": 0 to 1, "names": [...], "confusion": [[...]], "n": 420} | null,
+     "router": {"accuracy": 0 to 1, "interval": [low, high] (95 %), "n": 420, "names": [...], "confusion": [[...]],
+                "tasks": {name: {"accuracy": ..., "interval": ..., "n": 60}},
+                "calibration": a `moa.calibration.Calibration`} | null,
+     "fallback": {task: {"n": 60, "merged": prompts that ran the merged adapter, "base": the base model,
+                         "own": whether the task has a LoRA}} | null,   # null: every prompt is trusted to a LoRA
      "costs": [{"system": str, "extra_parameters": int, "rank": int,
                 "prefill_overhead": share of a prefill}] | null}
 """

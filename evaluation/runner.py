@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from moa.evaluation.cells import score_cell
 from moa.evaluation.kept import Kept
+from moa.evaluation.routed import columns
 from moa.evaluation.scoring import answer_examples
 from moa.evaluation.systems import System
 from moa.model import MoaModel
@@ -27,7 +28,7 @@ from moa.tasks import Example, Task
 
 @dataclass(frozen=True)
 class Questions:
-    """A task and its held-out examples; an expert of another task gets only the first `others` of them."""
+    """A task and its held-out examples; an expert of another task gets only the first `others` of them, or none."""
 
     task: Task
     examples: Sequence[Example]
@@ -63,7 +64,8 @@ def fill_table(
             started = time.perf_counter()
             for asked in questions:
                 progress.update(bar, description=f"{system.name} on {asked.task.name}")
-                cells.append(_cell(model, tokenizer, system, asked, kept, batch_size))
+                if asked.for_system(system):
+                    cells.append(_cell(model, tokenizer, system, asked, kept, batch_size))
                 progress.advance(bar)
             progress.print(f"{system.name}: {len(questions)} tasks in {time.perf_counter() - started:.0f} s")
     return done, cells
@@ -81,7 +83,7 @@ def _cell(
 
     def answer() -> dict[str, Any]:
         started = time.perf_counter()
-        system.routed.clear()
+        system.routings.clear()
         answered = answer_examples(
             model, tokenizer, examples, system.activate, max_new_tokens=task.max_new_tokens, batch_size=batch_size
         )
@@ -89,7 +91,7 @@ def _cell(
             "system": system.name,
             "task": task.name,
             **score_cell(task, examples, answered),
-            "routed": list(system.routed),
+            **columns(system.routings),
             "answers": [answer.generated for answer in answered],
             "nll_per_example": [answer.nll / answer.answer_tokens for answer in answered],
             "seconds": time.perf_counter() - started,

@@ -12,6 +12,8 @@ from torch import Tensor
 from moa.config import ROUTER_NAME
 from moa.evaluation.scoring import Activate
 from moa.model import MoaModel
+from moa.peft_checks import WEIGHTS_FILE
+from moa.routing import Routing
 
 
 @dataclass
@@ -20,13 +22,13 @@ class System:
 
     Attributes:
         name: such as "base", "lora:sst2", "moa", "merge:ties".
-        kind: base, lora, moa or merge.
+        kind: base, lora, moa, router (another one than the mixture's) or merge.
         fingerprint: changes whenever its answers could: checksums of what it runs.
         activate: makes the model answer a batch as this system.
         cost: what it adds to the base model: `extra_parameters`, `rank`, and `prefill_overhead` as a share.
         note: what the reader of the table should know, such as a scale that was chosen on validation.
         scales: for a merge, the strengths that were tried, and the validation likelihood of each.
-        routed: for the mixture, the experts chosen since it was last emptied.
+        routings: for the mixture, how it routed each batch since they were last emptied.
     """
 
     name: str
@@ -36,7 +38,7 @@ class System:
     cost: dict[str, float]
     note: str = ""
     scales: dict[float, float] = field(default_factory=dict)
-    routed: list[int] = field(default_factory=list)
+    routings: list[Routing] = field(default_factory=list)
 
 
 def base_system(model: MoaModel) -> System:
@@ -80,22 +82,29 @@ def merge_system(
 
 def mixture_system(model: MoaModel) -> System:
     """Each prompt through the experts that the router chooses; the model must have one."""
-    routed: list[int] = []
+    routings: list[Routing] = []
 
     @contextmanager
     def activate(input_ids: Tensor, attention_mask: Tensor) -> Iterator[None]:
         routing = model.route(input_ids, attention_mask)
-        routed.extend(routing.experts)
+        routings.append(routing)
         with model.pinned(routing):
             yield
 
     config = model.moa_config
     depth = model.config.get_text_config().num_hidden_layers
-    cost = {**adapter_cost(model, model.experts), "prefill_overhead": config.router_layer / depth}
-    note = {"hard": "best expert", "top_k": f"best {config.top_k} mixed", "soft": "all mixed"}[config.routing]
-    router = f"{config.sha256[ROUTER_NAME]} {config.router_layer} {config.routing} {config.top_k}"
-    fingerprint = f"{experts_fingerprint(model)} {router}"
-    return System("moa", "moa", fingerprint, activate, cost, note, routed=routed)
+    cost = {**adapter_cost(model, model.experts), "prefill_overhead": config.router.layer / depth}
+    note = {
+        "hard": "best expert",
+        "top_k": f"best {config.top_k} mixed",
+        "soft": "all mixed",
+        "conformal": "likely ones mixed",
+    }[config.routing]
+    router = f"{config.sha256[ROUTER_NAME]} {config.router.layer} {config.router.pooling}"
+    rule = f"{config.routing} {config.top_k} {config.router.conformal}"
+    doubt = f"{config.router.abstention} {config.sha256[WEIGHTS_FILE]}"
+    fingerprint = f"{experts_fingerprint(model)} {router} {rule} {doubt}"
+    return System("moa", "moa", fingerprint, activate, cost, note, routings=routings)
 
 
 def unmerged_systems(model: MoaModel) -> list[System]:

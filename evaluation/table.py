@@ -8,10 +8,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from moa.evaluation.routed import fallback_notes
 from moa.evaluation.summary import Normalised, Results, find_cell, headline_score, mean_nll, normalised
 from moa.evaluation.verdict import verdict
 
-HEADINGS = {"lora": "LoRAs", "merge": "merges"}
+HEADINGS = {"lora": "LoRAs", "router": "other routers", "merge": "merges"}
 
 
 def print_table(results: Results, console: Console | None = None) -> None:
@@ -40,6 +41,7 @@ def notes(results: Results, summary: Mapping[str, Normalised]) -> Iterator[str]:
     weights = results["base_weights"]
     yield f"Base model: {results['base_model']}, {weights['dtype']}, fingerprint {weights['fingerprint'][:12]}."
     yield from results["remarks"]
+    yield from fallback_notes(results.get("fallback"))
     counts = [task["examples"] for task in results["tasks"].values()]
     if counts and all(count == counts[0] for count in counts):
         yield "Examples a task: " + ", ".join(f"{n} {kind}" for kind, n in counts[0].items()) + "."
@@ -49,8 +51,8 @@ def notes(results: Results, summary: Mapping[str, Normalised]) -> Iterator[str]:
 
 
 def grouped(results: Results) -> Iterator[tuple[str, list[Mapping[str, Any]]]]:
-    """The systems in reading order, as (heading or "", systems): base, LoRAs, oracle, mixture, merges."""
-    for kind in ("base", "lora", "oracle", "moa", "merge"):
+    """The systems in reading order, as (heading or "", systems): base, LoRAs, oracle, mixture, routers, merges."""
+    for kind in ("base", "lora", "oracle", "moa", "router", "merge"):
         systems = [system for system in results["systems"] if system["kind"] == kind]
         if systems:
             yield HEADINGS.get(kind, ""), systems

@@ -17,12 +17,10 @@ from moa.config import FALLBACK
 
 PEFT_KEYS = {"base_model", "model", "base_layer", "weight", "bias", "lora_dropout", *LoraLayer.adapter_layer_names}
 NOT_GATED = {
-    "use_dora": "DoRA also learns a magnitude for every output, so its update is not B @ A alone",
-    "lora_bias": "it trains a bias on lora_B, which B @ A does not hold",
     "modules_to_save": "it carries whole trained modules, which are no low-rank updates",
     "trainable_token_indices": "it carries trained token embeddings, which are no low-rank updates",
 }
-"""Settings of PEFT that the gated layer, which adds products B @ A of linear layers, cannot run; merging can."""
+"""Settings of PEFT that change more than the outputs of linear layers, which is all that gated layers add to."""
 
 
 def assemble(
@@ -31,15 +29,20 @@ def assemble(
     """A `cls` of this base model that holds the adapters by their names; see `MoaModel.from_adapters`."""
     if not adapters:
         raise ValueError("a mixture needs at least one adapter: got none")
+    check_fresh(base)
+    return _load(cls, base, read_experts(base, adapters, check_base=check_base))
+
+
+def read_experts(base: PreTrainedModel, adapters: Mapping[str, str | Path], *, check_base: bool) -> dict[str, Adapter]:
+    """The adapters by their names, if they can all be experts on this base model; see `MoaModel.from_adapters`."""
     if FALLBACK in adapters:
         raise ValueError(f"an expert cannot be called {FALLBACK!r}, the fallback's name: choose another")
     read = {name: _read_finite(path, name) for name, path in adapters.items()}
-    check_fresh(base)
     for name in adapters:
         check_adapter_name(base, name)
     if check_base:
         _check_base(base, read.values())
-    return _load(cls, base, read)
+    return read
 
 
 def check_fresh(base: nn.Module) -> None:
@@ -67,7 +70,7 @@ def check_adapter_name(base: nn.Module, name: str) -> None:
 
 
 def check_gated(adapter: Adapter) -> None:
-    """Refuse an adapter that is more than `B @ A` on linear layers, which is all that the gated layer adds.
+    """Refuse an adapter that is more than LoRA or DoRA on linear layers, which is all that a gated layer runs.
 
     Raises:
         AdapterError: the setting or the layer that makes it more.
@@ -75,11 +78,13 @@ def check_gated(adapter: Adapter) -> None:
     where = str(adapter.path or f"adapter {adapter.name!r}")
     for option, reason in NOT_GATED.items():
         if adapter.config.get(option):
-            raise AdapterError(f"{where} is no plain LoRA because of {option}={adapter.config[option]!r}: {reason}")
+            raise AdapterError(
+                f"{where} changes more than linear layers by {option}={adapter.config[option]!r}: {reason}"
+            )
     if adapter.config.get("bias", "none") != "none":
         raise AdapterError(
-            f"{where} is no plain LoRA because of bias={adapter.config['bias']!r}: it also changed "
-            f"the base model's biases, which B @ A does not hold"
+            f"{where} changes more than linear layers by bias={adapter.config['bias']!r}: these are the base "
+            f"model's own biases, which all experts share"
         )
     for module, kind in adapter.kinds.items():
         raise AdapterError(f"{where} adapts the {kind.name} {module!r}, and a mixture gates linear layers only")

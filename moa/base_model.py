@@ -41,28 +41,32 @@ def resolve_base_model(name: str) -> str:
 
 
 def load_base_model(
-    name: str, *, dtype: str | torch.dtype = "auto", attn_implementation: str | None = None
+    name: str, *, dtype: str | torch.dtype = "auto", attn_implementation: str = "auto", packing: bool = False
 ) -> PreTrainedModel:
     """Load a causal language model in evaluation mode, on the accelerator if there is one.
 
     Args:
         name: `"smollm2-135m"`, a Hub repository, or a folder.
         dtype: as in `from_pretrained`; `"auto"` keeps the checkpoint's own.
-        attn_implementation: as in `from_pretrained`.
+        attn_implementation: as in `from_pretrained`; `"auto"` takes the fastest that can run, see `moa.attention`.
+        packing: whether rows will hold several sequences without padding, which `"auto"` looks at.
 
     Raises:
         FileNotFoundError: the bundled package is not installed, or `name` is neither a folder nor on the Hub.
+        ValueError: an attention that does not exist or cannot run here.
     """
-    import torch
     from transformers import AutoModelForCausalLM
 
+    from moa.attention import check_attention, default_device, set_attention
+
+    check_attention(attn_implementation)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            resolve_base_model(name), dtype=dtype, attn_implementation=attn_implementation
-        )
+        model = AutoModelForCausalLM.from_pretrained(resolve_base_model(name), dtype=dtype)
     except OSError as error:
         raise _not_found(name, error) from error
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    model = model.to(default_device()).eval()
+    set_attention(model, attn_implementation, packing=packing)
+    return model
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:

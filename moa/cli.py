@@ -11,11 +11,14 @@ COMMANDS = {
     "methods": ("moa.merging.catalog", "list the merge methods and their options"),
     "train-lora": ("moa.training.train_lora", "train one LoRA adapter per task"),
     "train-moa": ("moa.training.train_moa", "train the router over trained adapters"),
+    "fit-router": ("moa.training.fit_router", "fit the router of a saved mixture anew"),
+    "grow": ("moa.training.grow", "add experts to a saved mixture, or remove some"),
     "statistics": ("moa.training.collect_statistics", "collect the input statistics that some merges need"),
     "evaluate": (
         "moa.evaluation.full_evaluation",
         "compare base, adapters, mixture and merges",
     ),
+    "compose": ("moa.evaluation.compose", "merge experts that agree, route between the rest, at every budget"),
     "push": ("moa.push", "upload a mixture or a merge to the Hub"),
     "env": ("moa.env", "print versions and hardware, for a bug report"),
 }

@@ -3,17 +3,70 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
+from typing import Literal, get_args
 
+from moa.calibration import Calibration, ConformalSet
 from moa.errors import nearest
 from moa.peft_checks import CONFIG_FILE, WEIGHTS_FILE
 from moa.peft_export import check_name
-from moa.routing import RoutingMode, check_mode
+from moa.router import Head, Pooling, check_architecture
+from moa.routing import Granularity, RoutingMode, check_granularity, check_mode
+from moa.strangeness import Abstention
 
 CONFIG_NAME = "moa_config.json"
 ROUTER_NAME = "moa_router.safetensors"
 FALLBACK = "default"  # PEFT's name for the adapter at the root of a saved folder
+
+
+Objective = Literal["task", "utility", "language_model"]
+
+
+@dataclass
+class RouterConfig:
+    """What the router reads, how it decides, and what it was fitted for; None where nobody said.
+
+    Attributes:
+        layer: it reads the hidden state entering this layer; None means a quarter of the depth.
+        pooling: over the prompt's tokens: `mean`, `last` or `attention`.
+        head: `centroid`, `linear` or `mlp`.
+        hidden_units: width of the hidden layer of `mlp`.
+        hidden_size: width of the hidden state that it was fitted on; None while there is no router.
+        objective: what it was fitted to: the prompt's `task`, the `utility` of each expert's answer, or the
+            `language_model` loss through soft weights.
+        experts: names of the experts, in the order of its outputs.
+        clusters: expert of each output of its head, where several share one; None: each has its own.
+        base_sha256: of the base model's weights, see `moa.fingerprint.weights_sha256`.
+        tokenizer_sha256: of how the tokenizer reads text, see `moa.fingerprint.tokenizer_sha256`.
+        chat_template_sha256: of its chat template.
+        calibration: how its confidence fits its accuracy.
+        abstention: when it trusts no expert; None always trusts one.
+        conformal: the set of experts that `conformal` routing mixes.
+    """
+
+    layer: int | None = None
+    pooling: Pooling = "mean"
+    head: Head = "linear"
+    hidden_units: int | None = None
+    hidden_size: int | None = None
+    objective: Objective = "task"
+    experts: list[str] | None = None
+    clusters: list[int] | None = None
+    base_sha256: str | None = None
+    tokenizer_sha256: str | None = None
+    chat_template_sha256: str | None = None
+    calibration: Calibration | None = None
+    abstention: Abstention | None = None
+    conformal: ConformalSet | None = None
+
+    def __post_init__(self) -> None:
+        check_architecture(self.pooling, self.head, self.hidden_units)
+        if self.objective not in get_args(Objective):
+            raise ValueError(
+                f"the router's objective {self.objective!r} does not exist: "
+                f"choose one of {', '.join(get_args(Objective))}"
+            )
 
 
 @dataclass
@@ -32,10 +85,11 @@ class MoaConfig:
     Attributes:
         base_model: name or folder of the base model.
         experts: names of the experts; their order is that of the router's outputs.
-        router_layer: the router reads the hidden state entering this layer; None means a quarter of the depth.
-        hidden_size: width of the hidden state that the router was fitted on; None while it is not fitted.
-        routing: `hard` (the best expert), `top_k` (the `top_k` best, mixed), or `soft` (all, mixed).
-        top_k: how many experts `top_k` mixes.
+        router: what the router reads, how it decides, and what it was fitted for.
+        routing: `hard` (the best expert), `top_k` (the `top_k` best, mixed), `soft` (all, mixed), or `conformal` (the
+            likely ones, mixed; see `RouterConfig.conformal`).
+        top_k: how many experts `top_k` mixes, and each token at each layer where granularity is `token`.
+        granularity: `sequence`, by the router, or `token`, by Arrow; see `MoaModel.set_granularity`.
         fallback: how the adapter at the root of the saved folder was made; None until it is.
         check_base: False where the adapters name other base models than this one, and that was accepted.
         sha256: checksum of each saved file, by its path in the folder.
@@ -45,10 +99,10 @@ class MoaConfig:
 
     base_model: str
     experts: list[str]
-    router_layer: int | None = None
-    hidden_size: int | None = None
+    router: RouterConfig = field(default_factory=RouterConfig)
     routing: RoutingMode = "hard"
     top_k: int = 2
+    granularity: Granularity = "sequence"
     fallback: Fallback | None = None
     check_base: bool = True
     sha256: dict[str, str] = field(default_factory=dict)
@@ -63,6 +117,7 @@ class MoaConfig:
         if len(set(self.experts)) < len(self.experts):
             raise ValueError(f"expert names must differ: got {', '.join(self.experts)}")
         check_mode(self.routing, self.top_k, len(self.experts))
+        check_granularity(self.granularity)
 
     def adapter_files(self) -> list[str]:
         """Paths of the experts' files and of the root adapter's, in the saved folder."""
@@ -87,11 +142,36 @@ class MoaConfig:
             read = json.loads(path.read_text())
         except ValueError as error:
             raise ValueError(f"{path} is not valid JSON ({error}): save or download the mixture again") from error
+        if isinstance(read, dict) and "router_layer" in read:
+            read["router"] = _earlier_router(read)
         _check_fields(read, cls, {"base_model", "experts"}, str(path))
-        if read.get("fallback") is not None:
-            _check_fields(read["fallback"], Fallback, {"method", "weights"}, f"{path}, fallback")
-            read["fallback"] = Fallback(**read["fallback"])
+        if "router" in read:
+            read["router"] = _router(read["router"], f"{path}, router")
+        read["fallback"] = _part(read, "fallback", Fallback, str(path))
         return cls(**read)
+
+
+def _router(read: object, where: str) -> RouterConfig:
+    _check_fields(read, RouterConfig, set(), where)
+    parts = {"calibration": Calibration, "abstention": Abstention, "conformal": ConformalSet}
+    return RouterConfig(**read | {name: _part(read, name, kind, where) for name, kind in parts.items()})
+
+
+def _part(read: dict[str, object], name: str, kind: type, where: str) -> object | None:
+    """What stands under a name that a file may leave out."""
+    if read.get(name) is None:
+        return None
+    needed = {one.name for one in fields(kind) if one.default is MISSING}
+    _check_fields(read[name], kind, needed, f"{where}, {name}")
+    try:
+        return kind(**read[name])
+    except TypeError as error:  # numbers that are none
+        raise ValueError(f"{where}, {name} cannot be read ({error}): save or download the mixture again") from error
+
+
+def _earlier_router(read: dict[str, object]) -> dict[str, object]:
+    """The router of a file from before routers could differ: linear, over the mean of a layer."""
+    return {"layer": read.pop("router_layer"), "hidden_size": read.pop("hidden_size", None)}
 
 
 def _check_fields(read: object, kind: type, needed: set[str], where: str) -> None:

@@ -18,12 +18,17 @@ PACKAGES = (
     "safetensors",
     "huggingface_hub",
     "flash-attn",
+    "flash-attn-3",
+    "flash-attn-4",
+    "kernels",
 )
 
 
 def environment() -> dict[str, str]:
     """Names and versions of what matters to a bug report."""
     import torch
+
+    from moa.attention import default_device, resolve
 
     found = {
         "python": platform.python_version(),
@@ -38,6 +43,8 @@ def environment() -> dict[str, str]:
     found["cuda"] = torch.version.cuda or "not in this torch"
     for index in range(torch.cuda.device_count()):
         found[f"gpu {index}"] = torch.cuda.get_device_name(index)
+    for name, packing in (("attention", False), ("attention, packed", True)):
+        found[name] = resolve(device=default_device(), dtype=torch.bfloat16, packing=packing)
     return found
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -22,21 +21,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moa.answer_losses import Predicted, cross_entropy, divergence, entropy
+from moa.answer_rows import predict, tokenised
 from moa.fingerprint import fingerprint
 from moa.model import MoaModel
 from moa.tasks import Example, load_tasks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-
-@dataclass(frozen=True)
-class Row:
-    """One example: the tokens of prompt and answer, how many are the answer's, and the place of its task."""
-
-    ids: list[int]
-    answer: int
-    task: int
 
 
 class ModelObjective:
@@ -78,9 +69,7 @@ class ModelObjective:
         self.tasks = tuple(task for task in examples if len(examples[task]))
         self._padding = tokenizer.pad_token_id or 0
         self._rows = [
-            _tokenised(tokenizer, example, place)
-            for place, task in enumerate(self.tasks)
-            for example in examples[task]
+            tokenised(tokenizer, example, place) for place, task in enumerate(self.tasks) for example in examples[task]
         ]
         self._examples = {task: _described(examples[task]) for task in self.tasks}
 
@@ -93,7 +82,7 @@ class ModelObjective:
         """What the losses depend on: fingerprints of the base model and the experts, each task's examples."""
         return {
             "base_model": fingerprint(self.model.get_base_model()),
-            "experts": dict(zip(self.names, _experts_sha256(self.model), strict=True)),
+            "experts": dict(zip(self.names, experts_sha256(self.model), strict=True)),
             "examples": self._examples,
             "batch_size": self.batch_size,
         }
@@ -106,7 +95,7 @@ class ModelObjective:
 
         Args:
             shares: of each task, in the order of `tasks`; they add up to 1.
-            crossed: add factors instead of outputs, see `moa.mixture.crossed_low_rank`.
+            crossed: add factors instead of outputs, see `moa.stack.crossed_low_rank`.
         """
         weights = self._weights(shares)
         counted = weights.nonzero().flatten().tolist()
@@ -185,23 +174,7 @@ class ModelObjective:
             return self._predicted(examples)
 
     def _predicted(self, examples: Sequence[int]) -> Predicted:
-        """One forward pass, padded on the left so that the answers end together; logits only where they are."""
-        rows = [self._rows[index] for index in examples]
-        length, answer = max(len(row.ids) for row in rows), max(row.answer for row in rows)
-        device = self.model.device
-        ids = torch.tensor([[self._padding] * (length - len(row.ids)) + row.ids for row in rows], device=device)
-        position = torch.arange(length, device=device)
-        mask = (position >= torch.tensor([[length - len(row.ids)] for row in rows], device=device)).long()
-        real = position >= torch.tensor([[length - row.answer] for row in rows], device=device)
-        out = self.model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=(mask.cumsum(dim=1) - 1).clamp_min(0),
-            use_cache=False,
-            logits_to_keep=position[-answer - 1 : -1],
-        )
-        precise = torch.promote_types(out.logits.dtype, torch.float32)
-        return Predicted(out.logits.to(precise).log_softmax(dim=-1), ids[:, -answer:], real[:, -answer:])
+        return predict(self.model, [self._rows[index] for index in examples], self._padding)
 
 
 def _drawn(count: int, batch_size: int, step: int, seed: int) -> Int[Tensor, " batch"]:
@@ -211,23 +184,12 @@ def _drawn(count: int, batch_size: int, step: int, seed: int) -> Int[Tensor, " b
     return torch.randperm(count, generator=generator).split(batch_size)[step % batches]
 
 
-def _tokenised(tokenizer: PreTrainedTokenizerBase, example: Example, task: int) -> Row:
-    prompt = len(tokenizer(example.prompt)["input_ids"])
-    ids = tokenizer(example.prompt + example.answer)["input_ids"]
-    if not 0 < prompt < len(ids):
-        raise ValueError(
-            f"the answer {example.answer!r} of an example of {example.task!r} has no token of its own after its "
-            f"prompt {example.prompt!r:.60}: give every example a prompt and an answer"
-        )
-    return Row(ids, len(ids) - prompt, task)
-
-
 def _described(examples: Sequence[Example]) -> dict[str, Any]:
     texts = "\0".join(example.prompt + example.answer for example in examples)
     return {"count": len(examples), "sha256": hashlib.sha256(texts.encode()).hexdigest()}
 
 
-def _experts_sha256(model: MoaModel) -> Iterator[str]:
+def experts_sha256(model: MoaModel) -> Iterator[str]:
     """Of the factors of each expert, as they are now."""
     for expert in model.experts:
         digest = hashlib.sha256()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -16,58 +16,96 @@ from moa.router import mean_pool
 
 def default_layer(base_model: PreTrainedModel) -> int:
     """A quarter of the depth: deep enough to tell tasks apart, cheap enough to run before every prompt."""
-    return max(1, base_model.config.get_text_config().num_hidden_layers // 4)
+    return max(1, depth(base_model) // 4)
 
 
-@torch.no_grad()
+def candidate_layers(base_model: PreTrainedModel) -> list[int]:
+    """What is worth comparing where a router is fitted: an eighth, a quarter and half of the depth."""
+    return sorted({max(1, depth(base_model) // share) for share in (8, 4, 2)})
+
+
+def depth(base_model: PreTrainedModel) -> int:
+    """How many layers the model has; the router reads what enters one of them, or leaves the last."""
+    return base_model.config.get_text_config().num_hidden_layers
+
+
 def prompt_features(
     base_model: PreTrainedModel,
     layer: int,
     input_ids: Int[Tensor, "batch tokens"],
     attention_mask: Int[Tensor, "batch tokens"],
     prompt_mask: Bool[Tensor, "batch tokens"] | None = None,
+    pool: Callable[[Tensor, Tensor], Tensor] = mean_pool,
 ) -> Float[Tensor, "batch hidden"]:
-    """Hidden state entering `layer`, averaged over the prompt's tokens; costs `layer / depth` of a prefill.
+    """Hidden state entering `layer`, pooled over the prompt's tokens; costs `layer / depth` of a prefill.
 
     Args:
         prompt_mask: which tokens are the prompt; None means all that are not padding. The answer must stay out.
+        pool: makes one feature of a prompt from the states of its tokens, given them and their mask.
 
     Raises:
         ValueError: `layer` is not a layer of this model, or a sequence has no prompt token.
     """
-    decoder = base_model.get_decoder()
     attention_mask = attention_mask.to(input_ids.device)
+    (states,) = prompt_states(base_model, [layer], input_ids, attention_mask)
+    mask = attention_mask.bool() if prompt_mask is None else prompt_mask & attention_mask.bool()
+    return pool(states, mask)
+
+
+def check_layer(base_model: PreTrainedModel, layer: int) -> None:
+    """Refuse a layer that the model does not have."""
+    if not 0 < layer <= depth(base_model):
+        raise ValueError(f"the router cannot read layer {layer}: this model has layers 1 to {depth(base_model)}")
+
+
+@torch.no_grad()
+def prompt_states(
+    base_model: PreTrainedModel,
+    layers: Sequence[int],
+    input_ids: Int[Tensor, "batch tokens"],
+    attention_mask: Int[Tensor, "batch tokens"],
+) -> list[Float[Tensor, "batch tokens hidden"]]:
+    """Hidden states entering each of `layers`, in one pass to the deepest of them.
+
+    Raises:
+        ValueError: one of `layers` is not a layer of this model.
+    """
+    for layer in layers:
+        check_layer(base_model, layer)
+    decoder = base_model.get_decoder()
     inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
     if "position_ids" in inspect.signature(decoder.forward).parameters:
         inputs["position_ids"] = (attention_mask.cumsum(dim=1) - 1).clamp_min(0)
-    with _first_layers(decoder, layer) as entering:
+    with _first_layers(decoder, layers) as entering:
         decoder(**inputs)
-    mask = attention_mask.bool() if prompt_mask is None else prompt_mask & attention_mask.bool()
-    return mean_pool(entering[0], mask)
+    return [entering[layer] for layer in layers]
 
 
 @contextmanager
-def _first_layers(decoder: nn.Module, layer: int) -> Iterator[list[Tensor]]:
-    """Cut the decoder down to its first `layer` layers; the list receives their output."""
-    name, layers = _layer_list(decoder)
-    if not 0 < layer <= len(layers):
-        raise ValueError(f"the router cannot read layer {layer}: this model has layers 1 to {len(layers)}")
-    entering: list[Tensor] = []
-    hook = layers[layer - 1].register_forward_hook(
-        lambda _module, _inputs, output: entering.append(output[0] if isinstance(output, tuple) else output)
-    )
-    setattr(decoder, name, layers[:layer])
+def _first_layers(decoder: nn.Module, layers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
+    """Cut the decoder down to what the deepest of `layers` needs; the dictionary receives what enters each."""
+    name, blocks = _layer_list(decoder)
+    entering: dict[int, Tensor] = {}
+
+    def keep(layer: int, output: Tensor | tuple[Tensor, ...]) -> None:
+        entering[layer] = output[0] if isinstance(output, tuple) else output
+
+    hooks = [
+        blocks[layer - 1].register_forward_hook(lambda _module, _inputs, output, layer=layer: keep(layer, output))
+        for layer in layers
+    ]
+    setattr(decoder, name, blocks[: max(layers)])
     try:
         yield entering
     finally:
-        setattr(decoder, name, layers)
-        hook.remove()
+        setattr(decoder, name, blocks)
+        for hook in hooks:
+            hook.remove()
 
 
 def _layer_list(decoder: nn.Module) -> tuple[str, nn.ModuleList]:
-    depth = decoder.config.get_text_config().num_hidden_layers
     for name, child in decoder.named_children():
-        if isinstance(child, nn.ModuleList) and len(child) == depth:
+        if isinstance(child, nn.ModuleList) and len(child) == depth(decoder):
             return name, child
     raise ValueError(
         f"{type(decoder).__name__} keeps its layers in no list that the router can cut: it cannot be routed"

@@ -25,8 +25,10 @@ from moa.base_model import load_base_model, same_base
 from moa.card import mixture_card
 from moa.config import CONFIG_NAME, FALLBACK, ROUTER_NAME, MoaConfig
 from moa.router import SequenceRouter
+from moa.strangeness import empty_detector
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel
 
     from moa.model import MoaModel
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
 CARD_NAME = "README.md"
 TRAINING_LEFT = re.compile(
     r"checkpoint-\d+|moa_training\.json|runs|logs|wandb|mlruns|trackio|events\.out\.tfevents\..*"
+    r"|rng_state(_\d+)?\.pth|optimizer\.(pt|bin)|scheduler\.pt|scaler\.pt|trainer_state\.json|training_args\.bin"
 )
 PACKAGES = ("torch", "transformers", "peft", "moa-peft")
 
@@ -48,6 +51,8 @@ def save_mixture(
     Raises:
         ValueError: `directory` is a file, or a folder with other things than a mixture or what its training left.
     """
+    if not kwargs.get("is_main_process", True):
+        return
     earlier = _earlier_files(directory)
     directory.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name}-") as scratch:
@@ -98,11 +103,17 @@ def write_mixture(model: MoaModel, directory: Path, **kwargs: Any) -> None:
     """Write a new folder with everything that a mixture is; the caller moves it where it belongs.
 
     Raises:
-        ValueError: `safe_serialization=False` was asked for, which would write pickles.
+        ValueError: `safe_serialization=False` was asked for, which would write pickles, or the `state_dict` of a
+            sharded model was given that has no fallback.
     """
     if not kwargs.get("safe_serialization", True):
         raise ValueError("a mixture is saved as safetensors only, never as pickles: leave safe_serialization out")
     if FALLBACK not in model.peft_config:
+        if kwargs.get("state_dict") is not None:
+            raise ValueError(
+                "a state_dict holds no fallback, for this mixture had none when it was taken: "
+                "call model.set_fallback() before the training"
+            )
         model.set_fallback()
     kwargs.pop("selected_adapters", None)
     PeftModelForCausalLM.save_pretrained(model, str(directory), selected_adapters=[*model.experts, FALLBACK], **kwargs)
@@ -110,10 +121,20 @@ def write_mixture(model: MoaModel, directory: Path, **kwargs: Any) -> None:
     config.versions = {package: version(package) for package in PACKAGES}
     config.sha256 = {file: file_sha256(directory / file) for file in config.adapter_files()}
     if model.moa_router is not None:
-        state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.moa_router.state_dict().items()}
-        save_file(state, directory / ROUTER_NAME)
+        save_file(_router_state(model, kwargs.get("state_dict")), directory / ROUTER_NAME)
         config.sha256[ROUTER_NAME] = file_sha256(directory / ROUTER_NAME)
     describe_mixture(model, directory)
+
+
+def _router_state(model: MoaModel, gathered: dict[str, Tensor] | None) -> dict[str, Tensor]:
+    """The router's tensors, from the gathered state of the whole model where that is sharded."""
+    prefix = "moa_router."
+    state = model.moa_router.state_dict(prefix=prefix) if gathered is None else gathered
+    return {
+        name.removeprefix(prefix): tensor.detach().cpu().contiguous()
+        for name, tensor in state.items()
+        if name.startswith(prefix)
+    }
 
 
 def describe_mixture(model: MoaModel, directory: Path) -> None:
@@ -133,6 +154,7 @@ def load_mixture(
     source: str | Path,
     *,
     check_base: bool = True,
+    router: bool = True,
     **hub: Any,
 ) -> MoaModel:
     """See `MoaModel.from_pretrained`."""
@@ -149,15 +171,16 @@ def load_mixture(
     model = cls.from_adapters(
         base,
         {name: directory / name for name in config.experts},
-        router_layer=config.router_layer,
+        router_layer=config.router.layer,
         check_base=check_base and config.check_base,
     )
-    config.router_layer = model.moa_config.router_layer
+    config.router.layer = model.moa_config.router.layer
     model.moa_config = config
     model.load_adapter(str(directory), FALLBACK)
     model.requires_grad_(False)
-    if ROUTER_NAME in config.sha256:
-        model.set_router(_read_router(directory / ROUTER_NAME))
+    model.set_granularity(config.granularity)
+    if router and ROUTER_NAME in config.sha256:
+        model.set_router(_read_router(directory / ROUTER_NAME, config), config.router, check_base=check_base)
     return model.eval()
 
 
@@ -194,14 +217,30 @@ def _check_unchanged(directory: Path, config: MoaConfig) -> None:
             )
 
 
-def _read_router(file: Path) -> SequenceRouter:
+def _read_router(file: Path, config: MoaConfig) -> SequenceRouter:
     try:
         state = load_file(file)
     except SafetensorError as error:
         raise ValueError(
             f"{file} is no readable safetensors file ({error}): save or download the mixture again"
         ) from error
-    experts, width = state["head.weight"].shape
-    router = SequenceRouter(width, experts)
-    router.load_state_dict(state)
+    described = config.router
+    if described.hidden_size is None:
+        raise ValueError(f"{file} is a router, and {CONFIG_NAME} describes none: save or download the mixture again")
+    router = SequenceRouter(
+        described.hidden_size,
+        len(config.experts),
+        pooling=described.pooling,
+        head=described.head,
+        hidden_units=described.hidden_units,
+        clusters=described.clusters,
+    )
+    router.detector = empty_detector(state)
+    try:
+        router.load_state_dict(state)
+    except RuntimeError as error:
+        raise ValueError(
+            f"{file} is not the router that {CONFIG_NAME} describes ({str(error).splitlines()[-1].strip()}): "
+            "save or download the mixture again"
+        ) from error
     return router

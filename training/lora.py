@@ -1,20 +1,22 @@
-"""Train one adapter: a task's rows through TRL's SFTTrainer."""
+"""Train one adapter: a task's rows through TRL's SFTTrainer; and put several on one model, for joint.py."""
 
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig
-from transformers import PreTrainedModel, set_seed
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from trl import SFTConfig
 
 from moa.adapters import WEIGHTS_FILE, check_name
+from moa.attention import attention_of
 from moa.base_model import load_base_model, load_tokenizer
-from moa.tasks import Task
+from moa.tasks import Example, Task
 from moa.training.data import completion_dataset
 from moa.training.record import Run, settings_of, text_sha256
 from moa.training.trainer import LoraTrainer
@@ -22,35 +24,71 @@ from moa.training.trainer import LoraTrainer
 SHAPE = ("r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora")
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """An adapter to train.
+
+    Attributes:
+        task: whose rows it learns.
+        lora_config: its shape; without `target_modules` the attention projections are adapted.
+        training: TRL's settings; `output_dir` is the folder of all adapters.
+    """
+
+    task: Task
+    lora_config: LoraConfig
+    training: SFTConfig
+
+
 def train_adapter(
-    task: Task,
-    model_name: str,
-    training: SFTConfig,
-    *,
-    lora_config: LoraConfig,
-    rows: dict[str, Any],
-    attn_implementation: str | None = None,
+    wanted: Wanted, model_name: str, *, rows: Mapping[str, Any], attn_implementation: str = "auto"
 ) -> Path:
-    """Train a LoRA adapter for `task` and save it to `training.output_dir/task.name`.
+    """Train a LoRA adapter and save it to `output_dir/task`, or keep it where that was done.
 
     Args:
         model_name: the base model.
-        training: TRL's settings; `output_dir` is the folder of all adapters.
-        lora_config: shape of the adapter; without `target_modules` the attention projections are adapted.
         rows: `source`, `data_dir`, `limit` of the training rows.
-        attn_implementation: as in `from_pretrained`.
+        attn_implementation: as in `from_pretrained`; `auto` takes the fastest that can run.
 
     Raises:
         ValueError: the folder holds another adapter, or an unfinished run that was not to be resumed.
     """
+    run, examples = open_run(wanted, model_name, rows)
+    if run.finished:
+        return run.directory
+    training = wanted.training
+    packing = training.packing or training.padding_free
+    model = load_base_model(model_name, attn_implementation=attn_implementation, packing=packing)
+    print(f"attention: {attention_of(model)}", flush=True)
+    set_seed(training.seed)  # TRL draws the adapter's first factors before its own seed is set
+    trainer = LoraTrainer(
+        model=model,
+        args=replace(training, output_dir=str(run.directory)),
+        train_dataset=completion_dataset(examples),
+        processing_class=load_tokenizer(model_name),
+        peft_config=_with_targets(wanted.lora_config, model),
+    )
+    result = trainer.train(resume_from_checkpoint=run.checkpoint)
+    trainer.save_model()
+    if trainer.is_world_process_zero():
+        run.finish(train_loss=result.training_loss, attention=attention_of(model))
+    return run.directory
+
+
+def open_run(wanted: Wanted, model_name: str, rows: Mapping[str, Any]) -> tuple[Run, list[Example]]:
+    """The run that makes an adapter, which may be finished already, and the examples that it learns from.
+
+    Raises:
+        ValueError: the folder holds another adapter, or an unfinished run that was not to be resumed.
+    """
+    task, training = wanted.task, wanted.training
     check_name(task.name, "task")
     examples = task.examples("train", seed=training.seed, **rows)
     run = Run.open(
         Path(training.output_dir) / task.name,
         {
             "base_model": model_name,
-            "training": {**settings_of(training), "max_length": training.max_length},
-            "lora": {name: _plain(getattr(lora_config, name)) for name in SHAPE},
+            "training": {**settings_of(training), "max_length": training.max_length, **_packing(training)},
+            "lora": {name: _plain(getattr(wanted.lora_config, name)) for name in SHAPE},
             "rows": len(examples),
             "rows_sha256": text_sha256(example.prompt + example.answer for example in examples),
         },
@@ -59,24 +97,27 @@ def train_adapter(
     )
     if run.finished:
         print(f"kept {run.directory}: it was trained with these settings", flush=True)
-        return run.directory
-    set_seed(training.seed)  # TRL draws the adapter's first factors before its own seed is set
-    model = load_base_model(model_name, attn_implementation=attn_implementation)
-    if lora_config.target_modules is None:
-        lora_config = copy.copy(lora_config)
-        lora_config.target_modules = attention_projections(model)
-    trainer = LoraTrainer(
-        model=model,
-        args=replace(training, output_dir=str(run.directory)),
-        train_dataset=completion_dataset(examples),
-        processing_class=load_tokenizer(model_name),
-        peft_config=lora_config,
-    )
-    result = trainer.train(resume_from_checkpoint=run.checkpoint)
-    trainer.save_model()
-    if trainer.is_world_process_zero():
-        run.finish(train_loss=result.training_loss)
-    return run.directory
+    return run, examples
+
+
+def add_adapters(model: PreTrainedModel, configs: Mapping[str, LoraConfig], seed: int) -> PeftModel:
+    """Put adapters on a base model, each with the first factors that it gets in a run of its own."""
+    (first, config), *others = [(name, _with_targets(config, model)) for name, config in configs.items()]
+    set_seed(seed)
+    adapted = get_peft_model(model, config, adapter_name=first)
+    for name, config in others:
+        set_seed(seed)
+        adapted.add_adapter(name, config)
+    return adapted
+
+
+def save_adapter(model: PeftModel, name: str, directory: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Save one of several adapters as PEFT saves the only one: at the root of its folder."""
+    model.save_pretrained(directory, selected_adapters=[name])
+    for file in (directory / name).iterdir():
+        file.replace(directory / file.name)
+    (directory / name).rmdir()
+    tokenizer.save_pretrained(directory)
 
 
 def attention_projections(model: PreTrainedModel) -> list[str]:
@@ -94,6 +135,18 @@ def attention_projections(model: PreTrainedModel) -> list[str]:
     if not names:
         raise ValueError("no attention projections were found in this model: name them with --lora_target_modules")
     return sorted(names)
+
+
+def _with_targets(config: LoraConfig, model: PreTrainedModel) -> LoraConfig:
+    if config.target_modules is not None:
+        return config
+    config = copy.copy(config)
+    config.target_modules = attention_projections(model)
+    return config
+
+
+def _packing(training: SFTConfig) -> dict[str, str]:
+    return {"packing": training.packing_strategy} if training.packing else {}
 
 
 def _plain(value: Any) -> Any:

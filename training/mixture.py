@@ -1,24 +1,28 @@
-"""Fit a router over finished adapters and save the mixture."""
+"""Fit a router over finished adapters and save the mixture, or fit the router of a saved mixture anew."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
 from transformers import TrainingArguments, set_seed
 
 from moa.adapters import read_adapter
+from moa.attention import attention_of
 from moa.base_model import load_base_model, load_tokenizer
 from moa.config import CONFIG_NAME
 from moa.merging import find_method
 from moa.model import MoaModel
-from moa.router import SequenceRouter
 from moa.tasks import Example, Task
-from moa.training.record import Run, settings_of, text_sha256
-from moa.training.router_fit import FeatureDataset, feature_dataset
-from moa.training.trainer import RouterTrainer, routing_accuracy
+from moa.training.record import Run, forget_run, settings_of, text_sha256
+from moa.training.router_fit import RouterFit, check_count
+from moa.training.router_options import RouterChoices
+from moa.training.router_report import REPORT_NAME, report, show_report, write_report
+
+ACCURACY = "router accuracy on held-out prompts"
 
 
 def train_mixture(
@@ -26,87 +30,151 @@ def train_mixture(
     adapters: Mapping[str, str | Path],
     model_name: str,
     training: TrainingArguments,
+    choices: RouterChoices,
     *,
     rows: Mapping[str, Any],
     train_rows: int,
     validation_rows: int,
     fallback_method: str,
+    attn_implementation: str = "auto",
     **mixture: Any,
 ) -> None:
     """Load the experts, fit the router on their tasks' prompts, calibrate it, and save to `training.output_dir`.
 
     Args:
         adapters: adapter of each task, by the task's name.
+        choices: what routers are compared, and what they are fitted to.
         rows: `source` and `data_dir` of the prompts.
-        train_rows, validation_rows: prompts a task to fit on, and to calibrate and score on.
-        mixture: `router_layer`, `routing`, `top_k`, `check_base` of `MoaModel.from_adapters`.
+        train_rows, validation_rows: prompts a task to fit on, and to choose, calibrate and score on.
+        attn_implementation: as in `from_pretrained`; `auto` takes the fastest that can run.
+        mixture: `routing`, `top_k`, `check_base` of `MoaModel.from_adapters`.
 
     Raises:
         ValueError: fewer than two tasks, or a folder that holds another run or one that was not to be resumed.
     """
-    if len(tasks) < 2:
-        raise ValueError("a router needs at least two tasks to choose between: name more with --tasks")
+    check_count(len(tasks))
     find_method(fallback_method)
-    fit_on, held_out = (
-        [task.examples(split, limit=limit, seed=training.seed, **rows) for task in tasks]
-        for split, limit in (("train", train_rows), ("validation", validation_rows))
-    )
-    run = Run.open(
-        Path(training.output_dir),
-        {
-            "base_model": model_name,
-            "experts": {name: read_adapter(path, name).sha256 for name, path in adapters.items()},
-            "training": settings_of(training),
-            "mixture": {**mixture, "fallback_method": fallback_method},
-            "rows_sha256": text_sha256(example.prompt for of_task in [*fit_on, *held_out] for example in of_task),
-        },
-        result=CONFIG_NAME,
-        resume=training.resume_from_checkpoint,
-    )
+    fit_on, held_out = _examples(tasks, train_rows, validation_rows, training.seed, rows)
+    record = {
+        "base_model": model_name,
+        "experts": {name: read_adapter(path, name).sha256 for name, path in adapters.items()},
+        "mixture": {**mixture, "fallback_method": fallback_method},
+        **_record(training, choices, fit_on, held_out),
+    }
+    folder = Path(training.output_dir)
+    run = Run.open(folder, record, result=CONFIG_NAME, resume=training.resume_from_checkpoint)
     if run.finished:
         print(f"kept {run.directory}: it was trained with these settings", flush=True)
         return
-    set_seed(training.seed)
-    model = MoaModel.from_adapters(load_base_model(model_name), adapters, **mixture)
+    base = load_base_model(model_name, attn_implementation=attn_implementation)
+    model = MoaModel.from_adapters(base, adapters, **mixture)
     model.set_fallback(fallback_method)
-    router, held_out_features = _fit(model, model_name, training, run, fit_on, held_out)
-    if not training.should_save:
-        return
-    accuracy = router.accuracy(held_out_features.features, held_out_features.labels)
-    temperature = router.calibrate(held_out_features.features, held_out_features.labels)
-    model.set_router(router)
-    model.moa_config.scores["router accuracy on held-out prompts"] = accuracy
-    model.save_pretrained(training.output_dir)
-    run.finish(accuracy=accuracy, temperature=temperature)
-    prompts = len(held_out_features)
-    print(f"router accuracy {accuracy:.3f} on {prompts} held-out prompts, temperature {temperature:.2f}")
-    print(f"mixture saved to {training.output_dir}", flush=True)
+    fit = RouterFit(model, load_tokenizer(model_name), fit_on, held_out, choices, training)
+    _fit_and_save(fit, run, folder)
 
 
-def _fit(
-    model: MoaModel,
-    model_name: str,
+def refit_router(
+    folder: Path,
+    tasks: Sequence[Task],
     training: TrainingArguments,
-    run: Run,
+    choices: RouterChoices,
+    *,
+    rows: Mapping[str, Any],
+    train_rows: int,
+    validation_rows: int,
+    model_name: str | None = None,
+    check_base: bool = True,
+    overwrite: bool = False,
+) -> None:
+    """Fit the router of a saved mixture, and save the mixture with it; checkpoints go to `training.output_dir`.
+
+    Args:
+        folder: of the mixture; an earlier router in it is not used.
+        tasks: one for each expert, with its name.
+        model_name: the base model, if not the one that the mixture names.
+        overwrite: forget an earlier fit that was made otherwise.
+
+    Raises:
+        ValueError: tasks that are not the experts', or an earlier fit that was made otherwise.
+    """
+    check_count(len(tasks))
+    model = MoaModel.from_pretrained(model_name, folder, check_base=check_base, router=False)
+    by_name = {task.name: task for task in tasks}
+    if set(by_name) != set(model.experts):
+        raise ValueError(
+            f"the mixture's experts are {', '.join(model.experts)}, the tasks {', '.join(by_name)}: "
+            "give each expert the task with its name"
+        )
+    tasks = [by_name[name] for name in model.experts]
+    fit_on, held_out = _examples(tasks, train_rows, validation_rows, training.seed, rows)
+    config, run_folder = model.moa_config, Path(training.output_dir)
+    record = {
+        "base_model": model_name or config.base_model,
+        "experts": {name: config.expert_sha256(name) for name in model.experts},
+        **_record(training, choices, fit_on, held_out),
+    }
+    with training.main_process_first(desc="earlier fit"):
+        if overwrite and training.should_save and not training.resume_from_checkpoint:
+            forget_run(run_folder, REPORT_NAME)
+        run = Run.open(
+            run_folder,
+            record,
+            result=REPORT_NAME,
+            resume=training.resume_from_checkpoint,
+            remedy="pass --overwrite to fit it again, or choose another --output_dir",
+        )
+    if run.finished:
+        print(f"kept the router of {folder}: it was fitted with these settings", flush=True)
+        return
+    tokenizer = load_tokenizer(model_name or config.base_model)
+    _fit_and_save(RouterFit(model, tokenizer, fit_on, held_out, choices, training), run, folder)
+
+
+def _examples(
+    tasks: Sequence[Task], train_rows: int, validation_rows: int, seed: int, rows: Mapping[str, Any]
+) -> list[list[list[Example]]]:
+    """Of each task, what to fit on and what to hold out."""
+    return [
+        [task.examples(split, limit=limit, seed=seed, **rows) for task in tasks]
+        for split, limit in (("train", train_rows), ("validation", validation_rows))
+    ]
+
+
+def _record(
+    training: TrainingArguments,
+    choices: RouterChoices,
     fit_on: Sequence[Sequence[Example]],
     held_out: Sequence[Sequence[Example]],
-) -> tuple[SequenceRouter, FeatureDataset]:
-    """The fitted router, on the CPU, and the features that it has not seen."""
-    tokenizer = load_tokenizer(model_name)
-    started = time.perf_counter()
-    with training.main_process_first(desc="prompt features"), model.route_state.set(off=True):
-        seen, unseen = (
-            feature_dataset(model.get_base_model(), tokenizer, model.moa_config.router_layer, examples)
-            for examples in (fit_on, held_out)
-        )
-    print(f"features of {len(seen) + len(unseen)} prompts in {time.perf_counter() - started:.1f} s", flush=True)
-    router = SequenceRouter(seen.features.shape[1], len(model.experts))
-    router.standardise(seen.features)
-    trainer = RouterTrainer(
-        model=router, args=training, train_dataset=seen, eval_dataset=unseen, compute_metrics=routing_accuracy
+) -> dict[str, Any]:
+    examples = [example for of_one in [*fit_on, *held_out] for example in of_one]
+    texts = [
+        example.prompt if choices.objective == "task" else example.prompt + example.answer for example in examples
+    ]
+    return {"training": settings_of(training), "router": asdict(choices), "rows_sha256": text_sha256(texts)}
+
+
+def _fit_and_save(fit: RouterFit, run: Run, folder: Path) -> None:
+    set_seed(fit.training.seed)
+    fitted = fit.run(run.checkpoint)
+    if not fit.training.should_save:
+        return
+    model = fit.model
+    model.set_router(fitted.router, fitted.config)
+    config = model.moa_config
+    # an earlier router's scores are not this one's
+    config.scores = {name: score for name, score in config.scores.items() if not name.startswith("moa")}
+    found = report(fitted, model.experts)
+    config.scores[ACCURACY] = found["accuracy"]
+    model.save_pretrained(folder)
+    write_report(found, run.directory)
+    attention = attention_of(model.get_base_model())
+    run.finish(
+        accuracy=found["accuracy"], temperature=found["temperature"], chosen=found["chosen"], attention=attention
     )
-    started = time.perf_counter()
-    trainer.train(resume_from_checkpoint=run.checkpoint)
-    print(f"router fitted in {time.perf_counter() - started:.1f} s", flush=True)
-    trainer.evaluate()
-    return router.cpu(), unseen
+    show_report(found, Console())
+    low, high = found["interval"]
+    print(
+        f"router accuracy {found['accuracy']:.3f} (95 % interval {low:.3f} to {high:.3f}) on {found['n']} "
+        f"held-out prompts, which also chose it; temperature {found['temperature']:.2f}"
+    )
+    print(f"mixture saved to {folder}", flush=True)

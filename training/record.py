@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -47,12 +48,21 @@ class Run:
     checkpoint: str | None
 
     @classmethod
-    def open(cls, directory: Path, record: dict[str, Any], *, result: str, resume: bool) -> Run:
+    def open(
+        cls,
+        directory: Path,
+        record: dict[str, Any],
+        *,
+        result: str,
+        resume: bool,
+        remedy: str = "choose another --output_dir, or remove that folder",
+    ) -> Run:
         """Find out what the folder holds of this run, and write its record if it is new.
 
         Args:
             result: the file that only a finished run leaves.
             resume: whether an interrupted run may go on.
+            remedy: what to do about a run that was made otherwise.
 
         Raises:
             ValueError: the folder holds a result of something else, a run with other settings, or an interrupted one
@@ -69,8 +79,7 @@ class Run:
         changed = [name for name in record if name != "versions" and earlier.get(name) != record[name]]
         if changed:
             raise ValueError(
-                f"{directory} holds a run that was made otherwise (its {', '.join(changed)} differ): "
-                "choose another --output_dir, or remove that folder"
+                f"{directory} holds a run that was made otherwise (its {', '.join(changed)} differ): {remedy}"
             )
         if "result" in earlier and (directory / result).is_file():
             return cls(directory, record, finished=True, checkpoint=None)
@@ -82,9 +91,17 @@ class Run:
             )
         return cls(directory, record, finished=False, checkpoint=checkpoint)
 
-    def finish(self, **result: float) -> None:
+    def finish(self, **result: Any) -> None:
         """Add what came out; from now on the run counts as finished."""
         _write(self.directory / RECORD_NAME, {**self.record, "result": result})
+
+
+def forget_run(directory: Path, result: str) -> None:
+    """Remove a run's record, result and checkpoints, and nothing else that its folder may hold."""
+    for name in (RECORD_NAME, result):
+        (directory / name).unlink(missing_ok=True)
+    while checkpoint := _checkpoint(directory):
+        shutil.rmtree(checkpoint)
 
 
 def settings_of(training: TrainingArguments) -> dict[str, Any]:

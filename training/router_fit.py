@@ -1,97 +1,190 @@
-"""What a router is trained on: one prefix pass over the tasks' prompts, cached, and the task of each prompt."""
+"""Fit a router: features once, then every choice of layer, pooling and head, then the best one to the objective."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
+import time
 from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import Any
 
 import torch
-from rich.progress import Progress
-from safetensors.torch import load_file, save_file
+from jaxtyping import Float, Int
 from torch import Tensor
-from torch.utils.data import Dataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from torch.nn import functional as F
+from transformers import PreTrainedTokenizerBase, TrainingArguments
 
-from moa.base_model import cache_dir
-from moa.fingerprint import fingerprint
-from moa.prefix import prompt_features
+from moa.answer_rows import Row, tokenised
+from moa.config import RouterConfig
+from moa.model import MoaModel
+from moa.prefix import candidate_layers, check_layer
+from moa.router import SequenceRouter
+from moa.router_checks import describe_router
+from moa.strangeness import Score, fit_mahalanobis
+from moa.tasks import Example
+from moa.training.adapter_losses import losses_of_experts
+from moa.training.label_noise import LabelNoise, find_label_noise
+from moa.training.prompt_features import PromptFeatures
+from moa.training.router_choice import Candidate, Judged, Split, best_of, compare, judge, new_router
+from moa.training.router_doubt import Strangeness, with_doubt
+from moa.training.router_options import RouterChoices
+from moa.training.router_trainer import RouterTrainer
 
-if TYPE_CHECKING:
-    from moa.tasks import Example
+Examples = Sequence[Sequence[Example]]
+"""The examples of each expert, in the order of the experts."""
 
 
-class FeatureDataset(Dataset):
-    """Pooled features of prompts, and the index of each prompt's task."""
+@dataclass(frozen=True)
+class FittedRouter:
+    """A router and how it came about.
 
-    def __init__(self, features: Tensor, labels: Tensor):
-        self.features, self.labels = features, labels
+    Attributes:
+        router: calibrated, on the CPU.
+        config: what it reads and is for.
+        judged: on the held-out prompts that also chose it.
+        compared: all that it was chosen from.
+        labels: index of the expert whose prompt each held-out one is.
+        losses: of each expert's answer to each held-out example, where the objective asked for them.
+        noise: which training prompts look mislabelled.
+        strangeness: of the held-out prompts, under each score that could tell strange ones.
+    """
 
-    def __len__(self) -> int:
-        return len(self.labels)
+    router: SequenceRouter
+    config: RouterConfig
+    judged: Judged
+    compared: list[Judged]
+    labels: Int[Tensor, " prompts"]
+    losses: Float[Tensor, "prompts experts"] | None
+    noise: LabelNoise
+    strangeness: dict[Score, Strangeness]
 
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return {"features": self.features[index], "labels": self.labels[index]}
 
-
-def feature_dataset(
-    base_model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    layer: int,
-    examples: Sequence[Sequence[Example]],
-    *,
-    batch_size: int = 16,
-) -> FeatureDataset:
-    """Features of every task's prompts, computed once and kept in the user's cache.
+class RouterFit:
+    """Everything that the fit of one router shares.
 
     Args:
-        layer: the hidden state entering this layer is pooled.
-        examples: the examples of each task, in the order of the experts.
+        model: holds the experts; a router that it has already is not used.
+        fit_on, held_out: the examples of each expert, in the order of the experts.
+        training: of the head; only `language_model` has its own batch size and epochs, in `choices`.
+
+    Raises:
+        ValueError: fewer than two experts, or a layer that the model does not have.
     """
-    prompts = [example.prompt for of_task in examples for example in of_task]
-    labels = torch.tensor([index for index, of_task in enumerate(examples) for _ in of_task])
-    file = cache_dir() / "features" / f"{_key(base_model, tokenizer, layer, prompts)}.safetensors"
-    if file.is_file():
-        features = load_file(file)["features"]
-    else:
-        features = compute_features(base_model, tokenizer, layer, prompts, batch_size)
-        _write(file, features)
-    return FeatureDataset(features, labels)
+
+    def __init__(
+        self,
+        model: MoaModel,
+        tokenizer: PreTrainedTokenizerBase,
+        fit_on: Examples,
+        held_out: Examples,
+        choices: RouterChoices,
+        training: TrainingArguments,
+    ):
+        check_count(len(fit_on))
+        self.model, self.tokenizer, self.choices, self.training = model, tokenizer, choices, training
+        self.layers = sorted(set(choices.layers or candidate_layers(model.get_base_model())))
+        for layer in self.layers:
+            check_layer(model.get_base_model(), layer)
+        self.labels = [
+            torch.tensor([index for index, of_one in enumerate(split) for _ in of_one]) for split in (fit_on, held_out)
+        ]
+        self.rows: list[list[Row]] | None = None
+        if choices.objective != "task":
+            self.rows = [[tokenised(tokenizer, one, 0) for one in _flat(split)] for split in (fit_on, held_out)]
+        with training.main_process_first(desc="prompt features"):
+            self._read(fit_on, held_out)
+
+    def _read(self, fit_on: Examples, held_out: Examples) -> None:
+        """One pass over the prompts, and one over the answers where the objective is their utility."""
+        base, count, started = self.model.get_base_model(), len(self.model.experts), time.perf_counter()
+        features = [
+            PromptFeatures(base, self.tokenizer, [example.prompt for example in _flat(split)])
+            for split in (fit_on, held_out)
+        ]
+        with self.model.using_base():
+            read = sum(one.read(self.layers) for one in features)
+        self._say(f"{_prompts(features)}, {read or 'none'} read anew, in {time.perf_counter() - started:.1f} s")
+        self.losses: list[Tensor | None] = [None, None]
+        targets = [F.one_hot(labels, count).float() for labels in self.labels]
+        if self.choices.objective == "utility":
+            padding = self.tokenizer.pad_token_id or 0
+            self.losses = [losses_of_experts(self.model, rows, padding=padding) for rows in self.rows]
+            targets = [(-losses / self.choices.tau).softmax(dim=-1) for losses in self.losses]
+        self.seen, self.unseen = (Split(*pair) for pair in zip(features, targets, strict=True))
+
+    def run(self, checkpoint: str | None = None) -> FittedRouter:
+        """Choose, then fit what was chosen, from `checkpoint` if an earlier run left one."""
+        started = time.perf_counter()
+        compared = self._compare()
+        chosen = best_of(compared).candidate
+        self._say(f"{len(compared)} routers compared in {time.perf_counter() - started:.1f} s")
+        router = self._fit(chosen, checkpoint)
+        judged = judge(chosen, router, self.unseen)
+        objective, layer, names = self.choices.objective, chosen.layer, self.model.experts
+        seen, unseen = (split.pooled(router, layer) for split in (self.seen, self.unseen))
+        router.detector = fit_mahalanobis(router.standardised(seen), self.labels[0], len(names))
+        config = describe_router(self.model, router, layer, objective=objective, tokenizer=self.tokenizer)
+        config, strangeness = with_doubt(router, config, unseen, self.unseen.targets, self.labels[1], self.choices)
+        noise = find_label_noise(seen, self.labels[0], names, seed=self.training.seed)
+        return FittedRouter(router, config, judged, compared, self.labels[1], self.losses[1], noise, strangeness)
+
+    def _compare(self) -> list[Judged]:
+        """All heads over all layers and fixed poolings; then attention, at the layer that was best, if it is asked."""
+        fixed = [pooling for pooling in self.choices.poolings if pooling != "attention"]
+        trained = [head for head in self.choices.heads if head != "centroid"]
+        heads = trained if self.choices.objective == "language_model" else self.choices.heads
+        learned = "attention" in self.choices.poolings and trained
+        compared = self._judge(product(self.layers, fixed or ["mean"], heads))
+        if not learned:
+            return compared
+        layer = best_of(compared).candidate.layer
+        with self.training.main_process_first(desc="states of the prompts' tokens"), self.model.using_base():
+            for split in (self.seen, self.unseen):
+                split.features.states(layer)
+        with_attention = self._judge(product([layer], ["attention"], trained))
+        return [*compared, *with_attention] if fixed else with_attention
+
+    def _judge(self, combinations: Any) -> list[Judged]:
+        candidates = [Candidate(*combination) for combination in combinations]
+        return compare(candidates, self.seen, self.unseen, self.choices.hidden_units, self.training)
+
+    def _fit(self, chosen: Candidate, checkpoint: str | None) -> SequenceRouter:
+        """The chosen router, trained to the objective with checkpoints and logs."""
+        router = new_router(chosen, self.seen, self.choices.hidden_units, self.training.seed)
+        if chosen.head == "centroid":
+            return router
+        seen, unseen = (split.dataset(chosen.layer, chosen.pooling) for split in (self.seen, self.unseen))
+        training, more = self.training, {}
+        if self.choices.objective == "language_model":
+            seen.rows, unseen.rows = self.rows
+            more = {"mixture": self.model, "padding": self.tokenizer.pad_token_id or 0}
+            training = replace(
+                training,
+                num_train_epochs=self.choices.language_model_epochs,
+                per_device_train_batch_size=self.choices.language_model_batch_size,
+                per_device_eval_batch_size=self.choices.language_model_batch_size,
+            )
+        trainer = RouterTrainer(model=router, args=training, train_dataset=seen, eval_dataset=unseen, **more)
+        started = time.perf_counter()
+        trainer.train(resume_from_checkpoint=checkpoint)
+        self._say(f"router fitted in {time.perf_counter() - started:.1f} s")
+        trainer.evaluate()
+        return router.cpu()
+
+    def _say(self, sentence: str) -> None:
+        if self.training.should_save:
+            print(sentence, flush=True)
 
 
-def compute_features(
-    base_model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    layer: int,
-    prompts: Sequence[str],
-    batch_size: int,
-) -> Tensor:
-    """One prefix pass over the prompts, `[prompts, hidden]`, in batches of alike lengths."""
-    by_length = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-    features: dict[int, Tensor] = {}
-    with Progress(transient=True) as progress:
-        bar = progress.add_task("reading prompts for the router", total=len(prompts))
-        for start in range(0, len(prompts), batch_size):
-            chosen = by_length[start : start + batch_size]
-            batch = tokenizer([prompts[index] for index in chosen], return_tensors="pt", padding=True)
-            batch = batch.to(base_model.device)
-            pooled = prompt_features(base_model, layer, batch["input_ids"], batch["attention_mask"])
-            features.update(zip(chosen, pooled.cpu(), strict=True))
-            progress.advance(bar, len(chosen))
-    return torch.stack([features[index] for index in range(len(prompts))])
+def check_count(tasks: int) -> None:
+    """Refuse a choice between fewer than two."""
+    if tasks < 2:
+        raise ValueError("a router needs at least two tasks to choose between: name more with --tasks")
 
 
-def _write(file: Path, features: Tensor) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    scratch = file.with_suffix(f".{os.getpid()}")
-    save_file({"features": features}, scratch)
-    scratch.replace(file)
+def _flat(examples: Examples) -> list[Example]:
+    return [example for of_one in examples for example in of_one]
 
 
-def _key(base_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, layer: int, prompts: Sequence[str]) -> str:
-    """Of what the features depend on."""
-    asked = [fingerprint(base_model), layer, len(tokenizer), tokenizer(list(prompts))["input_ids"]]
-    return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:32]
+def _prompts(features: Sequence[PromptFeatures]) -> str:
+    return f"features of {len(features[0])} training and {len(features[1])} held-out prompts"

@@ -6,14 +6,17 @@
     python training/train_lora.py --task mnli --model Qwen/Qwen2-0.5B
     python training/train_lora.py --tasks sst2 squad --source pocket --max_steps 60
     python training/train_lora.py --tasks mnli piqa --data_dir my_data --learning_rate 5e-4 --lora_r 16
+    python training/train_lora.py --tasks sst2 squad --joint --lora_r 8 squad=16 --learning_rate 1e-3 squad=5e-4
     torchrun --nproc_per_node 2 training/train_lora.py --config lora.yaml
 
-Each adapter goes to OUTPUT_DIR/TASK. One that is already there, trained with the same settings, is kept.
+Each adapter goes to OUTPUT_DIR/TASK. One that is already there, trained with the same settings, is kept. With --joint
+all are trained in one run over one base model, and come out the same up to rounding.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import LoraConfig
@@ -22,7 +25,15 @@ from trl import SFTConfig
 
 from moa.arguments import parse, run
 
+if TYPE_CHECKING:
+    from moa.training.lora import Wanted
+
 EXAMPLES = "\n".join(line.strip() for line in (__doc__ or "").splitlines() if line.startswith("    "))
+
+
+def _one_or_each(value: float, help: str) -> Any:
+    """An option that takes one value for all tasks, TASK=VALUE for some, or both; see `moa.training.data`."""
+    return field(default_factory=lambda: value, metadata={"help": help})
 
 
 @dataclass
@@ -36,18 +47,27 @@ class LoraArguments:
     )
     data_dir: str | None = field(default=None, metadata={"help": "folder with TASK/{train,validation,test}.jsonl"})
     train_rows: int | None = field(default=None, metadata={"help": "use at most this many rows a task"})
-    lora_r: int = field(default=8, metadata={"help": "rank of the adapters"})
-    lora_alpha: int = field(default=16, metadata={"help": "scaling of the adapters is alpha / rank"})
+    joint: bool = field(default=False, metadata={"help": "train all adapters in one run, rows of all tasks at once"})
+    joint_batch_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "with --joint, rows of all tasks in one forward: more for speed on a GPU, fewer for memory; each "
+            "task's own batch stays per_device_train_batch_size, which is also the default of this"
+        },
+    )
+    lora_r: list[str] = _one_or_each(8, "rank of the adapters, or TASK=RANK for some of them")
+    lora_alpha: list[str] = _one_or_each(16, "scaling of the adapters is alpha / rank; or TASK=ALPHA for some")
     lora_dropout: float = field(default=0.0, metadata={"help": "dropout on the adapters' input"})
     lora_target_modules: list[str] | None = field(
         default=None,
         metadata={"help": "modules to adapt, default the attention projections; all-linear for all"},
     )
     use_rslora: bool = field(default=False, metadata={"help": "scaling alpha / sqrt(rank) (Kalajdzievski 2023)"})
-    attn_implementation: str | None = field(
-        default=None,
+    attn_implementation: str = field(
+        default="auto",
         metadata={
-            "help": "attention to train with, as in from_pretrained; eager is faster on a CPU when rows are short"
+            "help": "attention, as in from_pretrained; auto: FlashAttention 4, 3 or 2 where GPU and packages allow, "
+            "torch's own for packed rows on CUDA, else sdpa; eager is faster on a CPU when rows are short"
         },
     )
     num_processes: int | None = field(
@@ -60,7 +80,7 @@ class LoraTrainingConfig(SFTConfig):
     """TRL's SFTConfig, with defaults that suit one adapter on a short task."""
 
     output_dir: str = field(default="outputs/lora", metadata={"help": "each adapter goes to OUTPUT_DIR/TASK"})
-    learning_rate: float = field(default=1e-3, metadata={"help": "initial learning rate"})
+    learning_rate: list[str] = _one_or_each(1e-3, "initial learning rate, or TASK=RATE for some")  # type: ignore[assignment]
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "learning rate schedule"})
     warmup_steps: float = field(default=0.05, metadata={"help": "warm-up: a number of steps, below 1 a share of them"})
     max_steps: int = field(default=-1, metadata={"help": "optimizer steps; -1 trains num_train_epochs"})
@@ -93,30 +113,56 @@ class LoraTrainingConfig(SFTConfig):
 @run
 def main(argv: list[str] | None = None) -> None:
     lora, training = parse((LoraArguments, LoraTrainingConfig), argv, prog="train_lora.py", examples=EXAMPLES)
+    from moa.attention import check_attention
     from moa.distributed import check_launch
-    from moa.tasks import load_tasks
+    from moa.training.joint import train_jointly
     from moa.training.lora import train_adapter
 
     check_launch(lora.num_processes)
+    check_attention(lora.attn_implementation)
+    if lora.joint_batch_size is not None and not lora.joint:
+        raise ValueError("--joint_batch_size is for --joint: add it, or give --per_device_train_batch_size")
+    wanted = adapters_wanted(lora, training)
+    shared = {
+        "rows": {"source": lora.source, "data_dir": lora.data_dir, "limit": lora.train_rows},
+        "attn_implementation": lora.attn_implementation,
+    }
+    if lora.joint:
+        print(f"{len(wanted)} adapters in one run: {', '.join(one.task.name for one in wanted)}", flush=True)
+        train_jointly(wanted, lora.model, batch_size=lora.joint_batch_size, **shared)
+        return
+    for position, one in enumerate(wanted, start=1):
+        print(f"adapter {position} of {len(wanted)}: {one.task.name}", flush=True)
+        train_adapter(one, lora.model, **shared)
+
+
+def adapters_wanted(lora: LoraArguments, training: LoraTrainingConfig) -> list[Wanted]:
+    """The adapter of each task, with its own rank, alpha and learning rate."""
+    from moa.tasks import load_tasks
+    from moa.training.data import for_each_task
+    from moa.training.lora import Wanted
+
     tasks = load_tasks(lora.tasks)
-    for position, task in enumerate(tasks, start=1):
-        print(f"adapter {position} of {len(tasks)}: {task.name}", flush=True)
-        train_adapter(
+    names = [task.name for task in tasks]
+    ranks = for_each_task(lora.lora_r, names, "--lora_r", int)
+    alphas = for_each_task(lora.lora_alpha, names, "--lora_alpha", int)
+    rates = for_each_task(training.learning_rate, names, "--learning_rate", float)
+    return [
+        Wanted(
             task,
-            lora.model,
-            training,
-            lora_config=lora_config(lora),
-            attn_implementation=lora.attn_implementation,
-            rows={"source": lora.source, "data_dir": lora.data_dir, "limit": lora.train_rows},
+            lora_config(lora, ranks[task.name], alphas[task.name]),
+            replace(training, learning_rate=rates[task.name]),
         )
+        for task in tasks
+    ]
 
 
-def lora_config(lora: LoraArguments) -> LoraConfig:
+def lora_config(lora: LoraArguments, rank: int, alpha: int) -> LoraConfig:
     targets = lora.lora_target_modules
     return LoraConfig(
         task_type="CAUSAL_LM",
-        r=lora.lora_r,
-        lora_alpha=lora.lora_alpha,
+        r=rank,
+        lora_alpha=alpha,
         lora_dropout=lora.lora_dropout,
         target_modules="all-linear" if targets == ["all-linear"] else targets,
         use_rslora=lora.use_rslora,

@@ -8,19 +8,19 @@
     accelerate launch training/train_moa.py --tasks mnli piqa --adapters mnli=me/mnli-lora piqa=runs/piqa
     torchrun --nproc_per_node 2 training/train_moa.py --config moa.yaml
 
-The base model stays frozen: one pass over its first layers gives each prompt's features, kept in the cache, and the
-router is fitted to them in seconds.
+The base model stays frozen: a pass over its first layers gives each prompt's features, kept in the cache. Routers of
+several layers, poolings and heads are fitted to them in seconds, and held-out prompts choose; `moa fit-router` does it
+again for a saved mixture.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import torch
-from transformers import TrainingArguments
 from transformers.hf_argparser import HfArg
 
 from moa.arguments import parse, run
+from moa.training.router_options import RouterChoices, RouterTrainingArguments
 
 EXAMPLES = "\n".join(line.strip() for line in (__doc__ or "").splitlines() if line.startswith("    "))
 
@@ -40,66 +40,58 @@ class MoaArguments:
     )
     data_dir: str | None = field(default=None, metadata={"help": "folder with TASK/{train,validation,test}.jsonl"})
     train_rows: int = field(default=200, metadata={"help": "prompts a task to fit the router on"})
-    validation_rows: int = field(default=50, metadata={"help": "prompts a task for temperature and accuracy"})
-    router_layer: int | None = field(
-        default=None,
-        metadata={"help": "read the hidden state entering this layer; default a quarter of the depth"},
+    validation_rows: int = field(
+        default=50, metadata={"help": "prompts a task to choose on, and for temperature and accuracy"}
     )
-    routing: str = field(default="hard", metadata={"help": "hard: the best expert; top_k: the best few; soft: all"})
+    routing: str = field(
+        default="hard",
+        metadata={
+            "help": "hard: the best expert; top_k: the best few; soft: all; conformal: as many as it takes to have "
+            "the right one in the mix --coverage of the time"
+        },
+    )
     top_k: int = field(default=2, metadata={"help": "how many experts top_k mixes"})
     fallback_method: str = field(default="svd", metadata={"help": "merge method of the adapter at the saved root"})
     check_base: bool = field(default=True, metadata={"help": "refuse adapters that name another base model"})
+    attn_implementation: str = field(
+        default="auto",
+        metadata={
+            "help": "attention, as in from_pretrained; auto: FlashAttention 4, 3 or 2 where GPU and packages allow, "
+            "else sdpa; eager is faster on a CPU when prompts are short"
+        },
+    )
     num_processes: int | None = field(
         default=None, metadata={"help": "refuse to run with another number of processes"}
     )
 
 
-@dataclass
-class RouterTrainingArguments(TrainingArguments):
-    """transformers' TrainingArguments, with defaults that suit one linear layer."""
-
-    output_dir: str = field(default="outputs/moa", metadata={"help": "where the mixture goes"})
-    learning_rate: float = field(default=1e-2, metadata={"help": "initial learning rate"})
-    per_device_train_batch_size: int = field(default=64, metadata={"help": "prompts a step and process"})
-    num_train_epochs: float = field(default=20.0, metadata={"help": "passes over the prompts"})
-    weight_decay: float = field(default=0.01, metadata={"help": "weight decay"})
-    logging_steps: float = field(default=100, metadata={"help": "log every so many steps"})
-    dataloader_pin_memory: bool = field(
-        default=torch.cuda.is_available(), metadata={"help": "pin memory; default where there is a GPU"}
-    )
-    use_cpu: bool = field(
-        default=not torch.accelerator.is_available(),
-        metadata={"help": "train on the CPU; default where there is nothing else"},
-    )
-    save_strategy: str = field(default="epoch", metadata={"help": "when to save a checkpoint: no, steps, epoch"})
-    remove_unused_columns: bool = field(default=False, metadata={"help": "leave as it is: features have no columns"})
-    save_total_limit: int | None = field(default=1, metadata={"help": "checkpoints kept"})
-    resume_from_checkpoint: bool = field(default=False, metadata={"help": "go on from the last checkpoint, if any"})
-
-
 @run
 def main(argv: list[str] | None = None) -> None:
-    moa, training = parse((MoaArguments, RouterTrainingArguments), argv, prog="train_moa.py", examples=EXAMPLES)
+    kinds = (MoaArguments, RouterChoices, RouterTrainingArguments)
+    moa, choices, training = parse(kinds, argv, prog="train_moa.py", examples=EXAMPLES)
+    from moa.attention import check_attention
     from moa.distributed import check_launch
     from moa.tasks import load_tasks
     from moa.training.data import find_adapters
     from moa.training.mixture import train_mixture
 
     check_launch(moa.num_processes)
+    check_attention(moa.attn_implementation)
     tasks = load_tasks(moa.tasks)
     train_mixture(
         tasks,
         find_adapters(moa.adapters, [task.name for task in tasks]),
         moa.model,
         training,
+        choices,
         rows={"source": moa.source, "data_dir": moa.data_dir},
         train_rows=moa.train_rows,
         validation_rows=moa.validation_rows,
         fallback_method=moa.fallback_method,
-        router_layer=moa.router_layer,
         routing=moa.routing,
         top_k=moa.top_k,
         check_base=moa.check_base,
+        attn_implementation=moa.attn_implementation,
     )
 
 

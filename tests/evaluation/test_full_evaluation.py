@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 from moa.evaluation.full_evaluation import main
 from moa.model import MoaModel
 from moa.router import SequenceRouter
+from moa.strangeness import Abstention
 
 TASKS = ("sst2", "squad", "wmt14")
 
@@ -61,6 +62,7 @@ def results(tmp_path):
 def test_every_system_is_scored_on_every_task(command, tmp_path, capsys):
     main(command())
     found = results(tmp_path)
+    assert found["attention"] == "sdpa"
     cells = {(cell["system"], cell["task"]): cell for cell in found["cells"]}
     systems = ["base", *(f"lora:{task}" for task in TASKS), "moa", "merge:average", "merge:ties", "oracle"]
     assert set(cells) == {(system, task) for system in systems for task in TASKS}
@@ -201,6 +203,28 @@ def test_tasks_that_are_no_experts_are_scored_without_a_share_of_an_own_lora(com
     printed = " ".join(capsys.readouterr().out.split())
     assert "mnli is left out: its own LoRA was not scored." in printed
     assert "No verdict" in (tmp_path / "evaluation" / "report.html").read_text()
+
+
+def test_prompts_of_a_task_without_an_expert_fall_back_and_are_counted(command, tmp_path, mixture, capsys):
+    model = MoaModel.from_pretrained(None, mixture)
+    router = model.moa_config.router
+    router.abstention = Abstention("energy", 0.02, -1e9, 1e9)  # every prompt is strange, none very
+    model.save_pretrained(mixture)
+    main(command("--tasks", "sst2", "mnli", "--methods", "none"))
+    found = results(tmp_path)
+    assert found["fallback"] == {
+        "sst2": {"n": 6, "merged": 6, "base": 0, "own": True},
+        "mnli": {"n": 6, "merged": 6, "base": 0, "own": False},
+    }
+    assert found["router"]["n"] == found["router"]["calibration"]["prompts"] == 6
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "mnli has no LoRA of its own: of its 6 prompts 100.0 % fell back" in printed
+    nlls = {(cell["system"], cell["task"]): cell["nll"] for cell in found["cells"]}
+    router.abstention = Abstention("energy", 0.02, -1e9, -1e9)  # all are very strange
+    model.save_pretrained(mixture)
+    main(command("--tasks", "sst2", "mnli", "--methods", "none"))
+    cells = {(cell["system"], cell["task"]): cell["nll"] for cell in results(tmp_path)["cells"]}
+    assert cells["moa", "mnli"] == pytest.approx(cells["base", "mnli"], rel=1e-4) != nlls["moa", "mnli"]
 
 
 def test_experts_of_own_tasks_ask_for_their_yaml_files(command, refusal, tmp_path, base_folder, adapters):

@@ -1,5 +1,6 @@
 """A kept answer is read again for the very same question only, and never half."""
 
+import copy
 import json
 from types import SimpleNamespace
 
@@ -28,6 +29,9 @@ def test_another_question_another_base_and_another_version_are_asked_anew(keep, 
     assert keep("first") == "first"
     assert keep("second", question="scores of other rows?") == "second"
     assert keep("third", model=base) == "third"
+    eager = copy.deepcopy(base)
+    eager.set_attn_implementation("eager")
+    assert keep("by another attention", model=eager) == "by another attention"
     monkeypatch.setattr(kept, "version", lambda package: "0.0.1" if package == "peft" else "1")
     assert keep("fourth", model=base) == "fourth"
 

@@ -85,7 +85,20 @@ def seven():
     results["systems"][-1]["note"] = "scale 0.43 chosen on validation"
     confusion = np.diag([60] * len(TASKS))
     confusion[-1, 0] = 3
-    results["router"] = {"accuracy": 0.993, "names": list(TASKS), "confusion": confusion.tolist(), "n": 423}
+    first, second, *_ = TASKS
+    share = {"accuracy": 0.993, "interval": [0.979, 0.998], "n": 423}
+    results["router"] = {
+        **share,
+        "names": list(TASKS),
+        "tasks": dict.fromkeys(TASKS, share),
+        "confusion": confusion.tolist(),
+        "calibration": {"prompts": 423, "ece": 0.0123, "aurc": 0.0004, "risks": [0.0] * 19 + [0.007]},
+    }
+    results["fallback"] = {
+        first: {"n": 60, "merged": 3, "base": 0, "own": True},
+        second: {"n": 40, "merged": 0, "base": 1, "own": True},
+        "weather": {"n": 60, "merged": 30, "base": 15, "own": False},
+    }
     results["costs"] = [
         {"system": "moa", "extra_parameters": 3_234_567, "rank": 56, "prefill_overhead": 0.21},
         {"system": "merge:ties", "extra_parameters": 460_800, "rank": 8, "prefill_overhead": 0.0},
@@ -369,7 +382,7 @@ def test_the_page_is_one_well_formed_file_that_asks_for_nothing_else(page):
 
 
 def test_the_page_holds_plots_tables_and_all_that_a_reader_must_know(page, seven):
-    assert page.count("<svg") == 3 and "#010203" not in page and "currentColor" in page
+    assert page.count("<svg") == 4 and "#010203" not in page and "currentColor" in page
     assert 'name="viewport"' in page and "prefers-color-scheme: dark" in page
     for fact in (
         "seed 7",
@@ -382,6 +395,9 @@ def test_the_page_holds_plots_tables_and_all_that_a_reader_must_know(page, seven
         "scale 0.43 chosen on validation",
         "99.3 % of 423 held-out prompts",
         "3.2 M parameters (rank 56)",
+        "Expected calibration error 0.012, area under this curve 0.0004",
+        "Of 100 prompts of tasks with a LoRA of their own 4.0 % fell back, 3.0 % to the merged adapter and 1.0 %",
+        "of its 60 prompts 75.0 % fell back, 50.0 % to the merged adapter and 25.0 % to the base model",
         verdict(seven).replace("'", "&#39;"),
     ):
         assert fact in page

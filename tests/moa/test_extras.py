@@ -213,11 +213,9 @@ def test_token_indices_that_do_not_fit_their_rows_are_refused(indices, message, 
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"use_dora": True}, "is no plain LoRA because of use_dora=True: DoRA also learns a magnitude"),
-        ({"lora_bias": True}, "is no plain LoRA because of lora_bias=True"),
-        ({"bias": "all"}, "is no plain LoRA because of bias='all'"),
-        ({"modules_to_save": ["lm_head"]}, r"is no plain LoRA because of modules_to_save=\['lm_head'\]"),
-        ({"trainable_token_indices": [1]}, r"is no plain LoRA because of trainable_token_indices=\[1\]"),
+        ({"bias": "all"}, "changes more than linear layers by bias='all'"),
+        ({"modules_to_save": ["lm_head"]}, r"changes more than linear layers by modules_to_save=\['lm_head'\]"),
+        ({"trainable_token_indices": [1]}, r"changes more than linear layers by trainable_token_indices=\[1\]"),
         (
             {"target_modules": ["embed_tokens"]},
             "adapts the embedding 'model.embed_tokens', and a mixture gates linear",

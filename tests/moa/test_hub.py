@@ -7,7 +7,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moa.card import fused_card, mixture_card
-from moa.config import Fallback, MoaConfig
+from moa.config import Fallback, MoaConfig, RouterConfig
 from moa.model import MoaModel
 from moa.push import main
 from moa.router import SequenceRouter
@@ -68,7 +68,7 @@ def card_of(base, form=None):
     config = MoaConfig(
         base,
         ["cats"],
-        router_layer=1,
+        router=RouterConfig(layer=1),
         fallback=Fallback("svd", {"cats": 1.0}),
         sha256={"cats/adapter_model.safetensors": "0" * 64},
     )

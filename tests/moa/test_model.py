@@ -91,7 +91,7 @@ def test_a_scale_multiplies_the_update_and_is_gone_after_the_block(model, tokens
 def test_a_forward_routes_on_the_base_models_hidden_states(routed, tokens):
     with routed.using_base():
         base = routed.get_base_model()
-        hidden = base(**tokens, output_hidden_states=True).hidden_states[routed.moa_config.router_layer]
+        hidden = base(**tokens, output_hidden_states=True).hidden_states[routed.moa_config.router.layer]
     mask = tokens["attention_mask"].bool()
     pooled = torch.stack([row[keep].mean(dim=0) for row, keep in zip(hidden, mask, strict=True)])
     expected = routed.moa_router(pooled).argmax(dim=-1).tolist()
@@ -176,8 +176,9 @@ def test_without_a_router_the_model_says_what_to_do(model, tokens):
         model(**tokens)
 
 
-def test_a_cached_continuation_without_a_pinned_route_is_refused(routed, tokens):
-    out = routed(**tokens, use_cache=True)
+def test_a_continuation_of_a_cache_that_no_route_filled_is_refused(routed, tokens):
+    with routed.using("cats"):
+        out = routed(**tokens, use_cache=True)
     with pytest.raises(ValueError, match="routes on the whole prompt"):
         routed(input_ids=tokens["input_ids"][:, -1:], past_key_values=out.past_key_values)
 

@@ -240,9 +240,10 @@ def test_a_config_cannot_name_experts_outside_its_folder(saved):
 
 
 def test_a_router_layer_of_null_is_a_quarter_of_the_depth(saved):
-    edit(saved / "moa_config.json", router_layer=None)
+    router = json.loads((saved / "moa_config.json").read_text())["router"]
+    edit(saved / "moa_config.json", router={**router, "layer": None})
     loaded = MoaModel.from_pretrained(None, saved)
-    assert loaded.moa_config.router_layer == 1
+    assert loaded.moa_config.router.layer == 1
     assert loaded.route(IDS).weights.shape == (2, 3)
 
 

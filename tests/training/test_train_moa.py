@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 
 from moa.model import MoaModel
 from moa.router import SequenceRouter
+from moa.training.router_trainer import RouterTrainer
 from moa.training.train_moa import main
-from moa.training.trainer import RouterTrainer
 
 
 @pytest.fixture
@@ -21,6 +21,7 @@ def command(base_folder, adapters, tmp_path):
         return [
             *("--tasks", "sst2", "squad", "piqa", "--adapters", *pairs, "--model", str(base_folder)),
             *("--source", "pocket", "--train_rows", "40", "--validation_rows", "16", "--num_train_epochs", "4"),
+            *("--layers", "1", "--poolings", "mean", "--heads", "linear"),
             *("--disable_tqdm", "true", "--output_dir", str(tmp_path / output), *more),
         ]
 
@@ -33,17 +34,18 @@ def router_weights(folder):
 
 def test_the_saved_mixture_routes_as_the_training_reported(command, tmp_path, capsys):
     main(command())
-    assert "router accuracy" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "router accuracy" in said and "95 % interval" in said
     model = MoaModel.from_pretrained(None, tmp_path / "moa")
     assert model.experts == ("sst2", "squad", "piqa")
-    assert model.moa_config.router_layer == 1
+    assert model.moa_config.router.layer == 1
     assert model.moa_config.scores["router accuracy on held-out prompts"] > 0.5
     assert model.moa_router.temperature != 1
 
 
 def test_the_features_are_computed_once(command, tmp_path, monkeypatch):
     main(command())
-    monkeypatch.setattr("moa.training.router_fit.prompt_features", lambda *args: pytest.fail("computed again"))
+    monkeypatch.setattr("moa.training.prompt_features.prompt_states", lambda *args: pytest.fail("computed again"))
     main(command(output="again"))
     first, second = router_weights(tmp_path / "moa"), router_weights(tmp_path / "again")
     assert all(torch.equal(first[name], second[name]) for name in first)
@@ -85,7 +87,7 @@ def test_a_finished_mixture_is_kept_and_another_one_is_not_put_over_it(command, 
         (["--adapters", "sst2=a", "squad=b"], "none for 'piqa'"),
         (["--adapters", "mnli=a"], "names no task"),
         (["--routing", "hardd"], "hard, top_k, soft"),
-        (["--router_layer", "9"], "this model has layers 1 to 4"),
+        (["--layers", "9"], "this model has layers 1 to 4"),
         (["--fallback_method", "tie"], "ties"),
         (["--adapters", "nowhere"], "nowhere"),
     ],

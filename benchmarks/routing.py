@@ -1,0 +1,303 @@
+"""What routing costs: MoaModel beside one active PEFT adapter and every other way that PEFT has; ratios in one run.
+
+    python benchmarks/routing.py
+    python benchmarks/routing.py --rank 16 --all_linear --rounds 9
+    python benchmarks/routing.py --adapters 2 7 30 100 --ways one moa moa_all --rounds 9
+    python benchmarks/routing.py --shape qwen2-1.5b --layers 28 --batch 32 --tokens 512 --decode 128   # on a GPU
+    python benchmarks/routing.py --shape qwen2-0.5b --layers 24 --batch 32 --tokens 512 --compile      # CUDA graphs
+
+Layer shapes are those of real models, weights are random, which costs the same time. Prefill is one forward over the
+prompts, decode one more token from their cache. The ways take turns in random order, and each round's ratio is to the
+single adapter of the same round; medians are printed, and tokens a second of the single adapter. The same command runs
+on a CPU (fp32) and on a GPU (bf16).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import torch
+from peft import ArrowConfig, LoraConfig, PeftModel, XLoraConfig, create_arrow_model, get_peft_model
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from transformers import DynamicCache, Qwen2Config, Qwen2ForCausalLM, StaticCache
+
+import moa.blocks
+from moa import MoaModel
+from moa.router import SequenceRouter
+
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+SHAPES = {
+    "qwen2-0.5b": {"hidden_size": 896, "intermediate_size": 4864, "num_attention_heads": 14, "num_key_value_heads": 2},
+    "qwen2-1.5b": {
+        "hidden_size": 1536,
+        "intermediate_size": 8960,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 2,
+    },
+}
+WAYS = {
+    "base": "base model alone",
+    "one": "one active adapter (PEFT)",
+    "names": "adapter_names (PEFT)",
+    "xlora": "X-LoRA (PEFT)",
+    "arrow": "Arrow (PEFT)",
+    "moa": "MoaModel, hard",
+    "moa_all": "MoaModel, hard, all factors",
+    "moa_own": "MoaModel, hard, own factors",
+    "moa_soft": "MoaModel, soft",
+    "moa_routed": "MoaModel, with its prefix pass",
+}
+NO_CACHE = {"xlora": "X-LoRA refuses a cache", "moa_routed": "a route is kept while decoding"}
+VOCABULARY = 8192
+
+
+class Bench:
+    """Models of one shape with the same adapters, built one at a time; each has a base model of its own."""
+
+    def __init__(self, asked: argparse.Namespace, adapters: int, folder: Path):
+        self.asked, self.folder = asked, folder
+        self.device = asked.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self.dtype = getattr(torch, asked.dtype or ("bfloat16" if self.device == "cuda" else "float32"))
+        self.names = [f"a{index}" for index in range(adapters)]
+        self.rows = [self.names[row % adapters] for row in range(asked.batch)]
+        random.Random(asked.seed).shuffle(self.rows)
+        self.paths = {name: folder / name for name in self.names}
+        self._write_adapters()
+
+    def base(self) -> Qwen2ForCausalLM:
+        torch.manual_seed(0)
+        config = Qwen2Config(vocab_size=VOCABULARY, num_hidden_layers=self.asked.layers, **SHAPES[self.asked.shape])
+        return Qwen2ForCausalLM(config).to(self.device, self.dtype).eval()
+
+    def _write_adapters(self) -> None:
+        targets = "all-linear" if self.asked.all_linear else ATTENTION
+        config = LoraConfig(task_type="CAUSAL_LM", r=self.asked.rank, target_modules=targets)
+        model = get_peft_model(self.base(), config, adapter_name=self.names[0])
+        for name in self.names[1:]:
+            model.add_adapter(name, config)
+        for key, parameter in model.named_parameters():
+            if ".lora_B." in key:
+                torch.nn.init.normal_(parameter, std=0.02)
+        model.save_pretrained(self.folder)
+
+    def peft(self, names: list[str]) -> PeftModel:
+        model = PeftModel.from_pretrained(self.base(), self.paths[names[0]], adapter_name=names[0])
+        for name in names[1:]:
+            model.load_adapter(self.paths[name], name)
+        return model.eval()
+
+    def xlora(self) -> torch.nn.Module:
+        adapters = {str(place): str(path) for place, path in enumerate(self.paths.values())}
+        base = self.base()
+        base.config.use_cache = False
+        config = XLoraConfig(task_type="CAUSAL_LM", hidden_size=base.config.hidden_size, adapters=adapters)
+        return get_peft_model(base, config).to(self.device, self.dtype).eval()
+
+    def mixture(self, way: str, stack: ExitStack) -> MoaModel:
+        thresholds = {"moa_all": 10**9, "moa_own": 0}
+        usual, moa.blocks.GROUPED_FROM = moa.blocks.GROUPED_FROM, thresholds.get(way, moa.blocks.GROUPED_FROM)
+        model = MoaModel.from_adapters(self.base(), self.paths, check_base=False, router_layer=self.asked.router_layer)
+        if way == "moa_routed":
+            model.set_router(SequenceRouter(model.config.hidden_size, len(self.names)))
+        else:
+            routing = self.rows if way != "moa_soft" else _uniform(self.asked.batch, len(self.names))
+            stack.enter_context(model.pinned(routing))  # stacks the factors, while the threshold holds
+            stack.enter_context(model.route_state.set(steady=object()))  # as generate does
+        moa.blocks.GROUPED_FROM = usual
+        return model
+
+    def build(self, way: str, stack: ExitStack) -> tuple[torch.nn.Module, dict[str, object]]:
+        if way == "base":
+            return self.base(), {}
+        if way == "one":
+            return self.peft(self.names[:1]), {}
+        if way == "names":
+            return self.peft(self.names), {"adapter_names": self.rows}
+        if way == "xlora":
+            return self.xlora(), {}
+        if way == "arrow":
+            paths = [str(path) for path in self.paths.values()]
+            return create_arrow_model(self.base(), paths, ArrowConfig(top_k=min(2, len(paths)))).eval(), {}
+        return self.mixture(way, stack), {}
+
+
+def _uniform(rows: int, experts: int) -> object:
+    from moa.routing import Routing
+
+    return Routing(torch.full((rows, experts), 1 / experts))
+
+
+class Way:
+    """One way to run the batch: its prefill, and a decode step from its own cache."""
+
+    def __init__(self, bench: Bench, way: str, stack: ExitStack):
+        self.asked, self.device, self.cached = bench.asked, bench.device, way not in NO_CACHE
+        model, self.options = bench.build(way, stack)
+        self.config = model.config
+        self.call = torch.compile(model, mode="reduce-overhead") if self.asked.compile else model
+        generator = torch.Generator().manual_seed(self.asked.seed)
+        ids = torch.randint(0, VOCABULARY, (self.asked.batch, self.asked.tokens), generator=generator)
+        self.ids = ids.to(self.device)
+        self.prefill()
+        if self.cached:
+            self.fill()
+            self.decode()
+
+    def run(self, ids: torch.Tensor, **more: object) -> object:
+        with torch.no_grad():
+            return self.call(input_ids=ids, **self.options, **more)
+
+    def prefill(self) -> float:
+        return self._seconds(lambda: self.run(self.ids, use_cache=False, logits_to_keep=1))
+
+    def fill(self) -> None:
+        length = self.asked.tokens + self.asked.decode
+        kind = StaticCache(config=self.config, max_cache_len=length) if self.asked.compile else DynamicCache()
+        self.cache = kind
+        self.run(self.ids, past_key_values=self.cache, logits_to_keep=1)
+
+    def decode(self) -> float:
+        token = self.ids[:, -1:]
+        if self.asked.compile:  # a static cache cannot be cut back
+            self.fill()
+
+        def steps() -> None:
+            for _ in range(self.asked.decode):
+                self.run(token, past_key_values=self.cache)
+
+        seconds = self._seconds(steps)
+        if not self.asked.compile:
+            self.cache.crop(-self.asked.decode)
+        return seconds
+
+    def _seconds(self, step: Callable[[], object]) -> float:
+        clock = time.process_time if self.asked.clock == "cpu" else time.perf_counter
+        self._wait()
+        start = clock()
+        step()
+        self._wait()
+        return clock() - start
+
+    def _wait(self) -> None:
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+
+
+@contextmanager
+def built(asked: argparse.Namespace, adapters: int) -> Iterator[tuple[dict[str, Way], dict[str, str]]]:
+    """The ways that run, and why the others do not."""
+    found, refused = {}, {}
+    with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
+        bench = Bench(asked, adapters, Path(scratch))
+        for way in asked.ways:
+            try:
+                found[way] = Way(bench, way, stack)
+            except (ValueError, TypeError, KeyError, RuntimeError) as error:
+                if way in ("one", "moa"):
+                    raise
+                refused[way] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        yield found, refused
+
+
+def measure(asked: argparse.Namespace, adapters: int) -> dict[str, object]:
+    """Median ratios of every way to the single adapter, prefill and decode."""
+    order = random.Random(asked.seed)
+    with built(asked, adapters) as (found, refused), Progress(*Progress.get_default_columns()) as progress:
+        seconds: dict[str, dict[str, list[float]]] = {way: {"prefill": [], "decode": []} for way in found}
+        bar = progress.add_task(f"{adapters} adapters", total=asked.rounds * len(found))
+        for _ in range(asked.rounds):
+            for way in order.sample(list(found), len(found)):
+                seconds[way]["prefill"].append(found[way].prefill())
+                if found[way].cached:
+                    seconds[way]["decode"].append(found[way].decode())
+                progress.advance(bar)
+    one = seconds["one"]
+    ratios = {
+        way: {
+            phase: statistics.median(time / single for time, single in zip(times, one[phase], strict=True))
+            for phase, times in phases.items()
+            if times
+        }
+        for way, phases in seconds.items()
+    }
+    per_second = {
+        "prefill": asked.batch * asked.tokens / statistics.median(one["prefill"]),
+        "decode": asked.batch * asked.decode / statistics.median(one["decode"]),
+    }
+    return {"adapters": adapters, "ratios": ratios, "tokens_per_second_of_one": per_second, "not_run": refused}
+
+
+def show(result: dict[str, object], asked: argparse.Namespace) -> None:
+    console = Console(width=110)
+    rank = f"rank {asked.rank}, {'all linear layers' if asked.all_linear else 'attention'}"
+    table = Table(title=f"{result['adapters']} adapters of {rank}: time, one active adapter = 1")
+    for column in ("", "prefill", "decode"):
+        table.add_column(column, justify="left" if not column else "right")
+    for way, ratios in result["ratios"].items():
+        table.add_row(WAYS[way], *(f"{ratios[p]:.2f}" if p in ratios else "-" for p in ("prefill", "decode")))
+    console.print(table)
+    for way, reason in {**{w: NO_CACHE[w] for w in result["ratios"] if w in NO_CACHE}, **result["not_run"]}.items():
+        console.print(f"{WAYS[way]}: {reason}", highlight=False)
+    speed = result["tokens_per_second_of_one"]
+    console.print(f"one adapter: {speed['prefill']:.0f} tokens/s prefill, {speed['decode']:.0f} tokens/s decode")
+
+
+def asked_for(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    whole = {"type": int, "metavar": "N"}
+    parser.add_argument(
+        "--adapters", nargs="+", default=[7], help="how many adapters, one table each (default 7)", **whole
+    )
+    parser.add_argument("--rank", default=8, help="rank of each (default 8)", **whole)
+    parser.add_argument("--all_linear", action="store_true", help="adapt every linear layer, not attention alone")
+    parser.add_argument("--shape", choices=SHAPES, default="qwen2-0.5b", help="layer shapes (default qwen2-0.5b)")
+    parser.add_argument("--layers", default=4, help="layers of the model (default 4)", **whole)
+    parser.add_argument("--router_layer", default=1, help="what the prefix pass reads (default 1 of 4)", **whole)
+    parser.add_argument("--batch", default=16, help="sequences (default 16)", **whole)
+    parser.add_argument("--tokens", default=64, help="tokens of a prompt (default 64)", **whole)
+    parser.add_argument("--decode", default=8, help="decode steps a round (default 8)", **whole)
+    parser.add_argument("--rounds", default=15, help="rounds (default 15)", **whole)
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="default all; one is always there")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default cuda where there is one")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default float32 on a CPU, bfloat16 on a GPU")
+    parser.add_argument("--compile", action="store_true", help="torch.compile with CUDA graphs, and a static cache")
+    parser.add_argument(
+        "--clock", choices=("wall", "cpu"), default="wall", help="cpu on a machine that others use too"
+    )
+    parser.add_argument("--seed", default=0, help="of prompts, rows and the order of the ways", **whole)
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    asked = parser.parse_args(argv)
+    for option in ("rank", "layers", "batch", "tokens", "decode", "rounds"):
+        if getattr(asked, option) < 1:
+            parser.error(f"--{option} must be at least 1, got {getattr(asked, option)}")
+    if min(asked.adapters) < 1:
+        parser.error(f"--adapters must be at least 1, got {min(asked.adapters)}")
+    asked.ways = [way for way in WAYS if way in (*asked.ways, "one")]
+    return asked
+
+
+def main(argv: list[str] | None = None) -> None:
+    asked = asked_for(argv)
+    results = [measure(asked, adapters) for adapters in asked.adapters]
+    if asked.json:
+        print(json.dumps({"settings": vars(asked), "results": results}))
+        return
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
+    print(f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}, {asked.clock} time")
+    for result in results:
+        show(result, asked)
+
+
+if __name__ == "__main__":
+    main()

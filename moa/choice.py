@@ -1,0 +1,52 @@
+"""Weights that are one expert a row: which it is, and the rows sorted by it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The one expert of each row, at one layer or at all; computed once a route, used by every layer.
+
+    Attributes:
+        expert: column of the row's expert.
+        strength: its weight; 0 for a row that runs the base model.
+        order: the rows, those of one expert side by side.
+        back: where each row went in that order.
+        ends: for each column, how many rows stand up to the last one of its own.
+    """
+
+    expert: Int[Tensor, " rows"]
+    strength: Float[Tensor, " rows"]
+    order: Int[Tensor, " rows"]
+    back: Int[Tensor, " rows"]
+    ends: Int[Tensor, " columns"]
+
+    def to(self, device: torch.device) -> Choice:
+        """On the device of a layer, which may be another one where the model is spread over several."""
+        if self.expert.device == device:
+            return self
+        return Choice(*(getattr(self, field.name).to(device) for field in fields(self)))
+
+
+def choices(weights: Float[Tensor, "rows *layers columns"] | None) -> tuple[Choice, ...] | None:
+    """One for all layers or one for each; None where a row mixes experts, or where gradients want every expert."""
+    if weights is None or weights.dim() > 3 or weights.requires_grad:
+        return None
+    used = weights != 0
+    if (used.sum(dim=-1) > 1).any():
+        return None
+    layers = weights.unsqueeze(1) if weights.dim() == 2 else weights
+    experts = layers.ne(0).int().argmax(dim=-1)
+    strengths = layers.gather(-1, experts.unsqueeze(-1)).squeeze(-1)
+    orders = experts.argsort(dim=0, stable=True)
+    backs = orders.argsort(dim=0)
+    ends = F.one_hot(experts, weights.shape[-1]).sum(dim=0).cumsum(dim=-1).int()
+    of_layers = (tensor.unbind(dim=1) for tensor in (experts, strengths, orders, backs))
+    return tuple(Choice(*parts) for parts in zip(*of_layers, ends.unbind(), strict=True))

@@ -1,0 +1,69 @@
+"""Arrow routing against PEFT's own."""
+
+import pytest
+import torch
+from peft import ArrowConfig, create_arrow_model
+from transformers import AutoModelForCausalLM
+
+from moa.arrow import ArrowRouter
+from moa.model import MoaModel
+
+IDS = torch.arange(3, 27).view(4, 6)
+
+
+@pytest.fixture
+def equal(make_adapter, tmp_path):
+    """Three adapters of one rank on one set of layers, which is all that PEFT's Arrow takes."""
+    return {name: str(make_adapter(tmp_path / name, seed=seed)) for seed, name in enumerate(("a1", "a2", "a3"))}
+
+
+@pytest.fixture
+def mixture(base_folder, equal):
+    return MoaModel.from_adapters(str(base_folder), equal)
+
+
+@pytest.mark.parametrize(("top_k", "temperature"), [(2, 1.0), (3, 0.3)])
+def test_it_equals_pefts_arrow(mixture, base_folder, equal, top_k, temperature):
+    config = ArrowConfig(top_k=top_k, router_temperature=temperature, rng_seed=0)
+    stock = create_arrow_model(AutoModelForCausalLM.from_pretrained(base_folder), list(equal.values()), config).eval()
+    for module in stock.modules():  # its power iteration, taken to its limit
+        if "arrow_router" in getattr(module, "lora_arrow", {}):
+            arrow = module.lora_arrow["arrow_router"]
+            exact = arrow.top_right_singular_vec_from_BA
+            arrow.top_right_singular_vec_from_BA = lambda A, B, exact=exact: exact(A, B, iters=2000)
+    mixture.route_state.layer_router = ArrowRouter(
+        mixture.get_base_model(), mixture.experts, top_k=top_k, temperature=temperature
+    )
+    with torch.no_grad():
+        torch.testing.assert_close(mixture(IDS).logits, stock(IDS).logits, rtol=1e-3, atol=1e-3)
+
+
+def test_a_cache_changes_nothing(mixture):
+    mixture.route_state.layer_router = ArrowRouter(mixture.get_base_model(), mixture.experts)
+    options = {"max_new_tokens": 8, "do_sample": False, "attention_mask": torch.ones_like(IDS)}
+    assert mixture.generate(input_ids=IDS, **options).equal(
+        mixture.generate(input_ids=IDS, use_cache=False, **options)
+    )
+
+
+def test_experts_of_unequal_ranks_and_layers_are_chosen_where_they_are(base_folder, adapters):
+    model = MoaModel.from_adapters(str(base_folder), adapters)
+    router = ArrowRouter(model.get_base_model(), model.experts, top_k=3)
+    model.route_state.layer_router = router
+    assert torch.isfinite(model(IDS).logits).all()
+    place = next(index for index, name in enumerate(model.route_state.layers) if name.endswith("v_proj"))
+    weights = router(place, torch.randn(2, 5, 32))
+    assert weights[..., 0].eq(1).all() and weights[..., 1:].eq(0).all()  # cats alone adapts v_proj
+    layer = model.get_base_model().get_submodule(model.route_state.layers[0])
+    x = torch.randn(1, 4, 32)
+    read = []
+    for name in model.experts:
+        delta = layer.lora_B[name].weight @ layer.lora_A[name].weight
+        read.append((x @ torch.linalg.svd(delta.detach())[2][0]).abs())
+    torch.testing.assert_close(router(0, x), torch.stack(read, dim=-1).softmax(dim=-1), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{"top_k": 0}, {"temperature": 0.0}])
+def test_settings_out_of_range_are_refused(mixture, options):
+    with pytest.raises(ValueError, match="Arrow needs top_k of 1 or more and a positive temperature"):
+        ArrowRouter(mixture.get_base_model(), mixture.experts, **options)

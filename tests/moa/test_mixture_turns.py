@@ -1,0 +1,157 @@
+"""Generation with a cache: turns, streams, beams and samples, against each adapter alone through stock PEFT."""
+
+import copy
+import threading
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, StaticCache, TextIteratorStreamer
+
+from moa.model import MoaModel
+from moa.router import SequenceRouter
+from moa.routing import Routing
+
+PROMPT = torch.tensor([[3, 7, 9, 11, 24, 5], [5, 10, 12, 16, 23, 3], [9, 3, 3, 8, 17, 20]])
+MORE = torch.tensor([[4, 9], [22, 14], [3, 7]])
+GREEDY = {"do_sample": False, "min_new_tokens": 5, "max_new_tokens": 5}
+
+
+@pytest.fixture
+def model(base_model, adapters):
+    torch.manual_seed(0)
+    model = MoaModel.from_adapters(base_model, adapters)
+    router = SequenceRouter(32, 3)
+    torch.nn.init.normal_(router.head.weight, std=3.0)
+    model.set_router(router)
+    return model
+
+
+@pytest.fixture
+def stock(base_folder, adapters):
+    def stock(name):
+        return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base_folder), adapters[name]).eval()
+
+    return stock
+
+
+def chosen(model, ids=PROMPT):
+    return [model.experts[index] for index in model.route(ids).experts]
+
+
+def test_turns_that_share_a_cache_keep_the_first_turns_route(model, stock):
+    names, cache = chosen(model), DynamicCache()
+    first = model.generate(input_ids=PROMPT, past_key_values=cache, **GREEDY)
+    both = torch.cat([first, MORE], dim=1)
+    second = model.generate(input_ids=both, past_key_values=cache, **GREEDY)
+    for row, name in enumerate(names):
+        alone = stock(name)
+        turn = alone.generate(input_ids=PROMPT[row : row + 1], **GREEDY)
+        expected = alone.generate(input_ids=torch.cat([turn, MORE[row : row + 1]], dim=1), **GREEDY)
+        assert torch.equal(second[row : row + 1], expected)
+
+
+def test_turns_inside_a_pinned_route_equal_those_without_a_cache(model):
+    conversations = []
+    with model.pinned(model.route(PROMPT)):
+        for kept in ({"use_cache": False}, {"past_key_values": DynamicCache()}):
+            ids = PROMPT
+            for _ in range(3):
+                ids = torch.cat([model.generate(input_ids=ids, **kept, **GREEDY), MORE], dim=1)
+            conversations.append(ids)
+    assert torch.equal(*conversations)
+
+
+def test_a_forward_goes_on_from_its_own_cache(model):
+    with torch.no_grad():
+        whole = model(input_ids=PROMPT, use_cache=True)
+        model(input_ids=PROMPT.flip(0))  # another batch in between changes nothing
+        step = model(input_ids=MORE, past_key_values=whole.past_key_values).logits
+        with model.pinned(model.route(PROMPT)):
+            expected = model(input_ids=torch.cat([PROMPT, MORE], dim=1)).logits[:, -2:]
+    torch.testing.assert_close(step, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_renewed_route_is_that_of_the_whole_conversation(model):
+    cache = DynamicCache()
+    with model.pinned(["cats", "cats", "cats"]):
+        first = model.generate(input_ids=PROMPT, past_key_values=cache, **GREEDY)
+    both = torch.cat([first, MORE], dim=1)
+    model.reroute(cache)
+    assert cache.get_seq_length() == 0
+    assert torch.equal(
+        model.generate(input_ids=both, past_key_values=cache, **GREEDY), model.generate(input_ids=both, **GREEDY)
+    )
+
+
+@pytest.mark.parametrize("kind", [DynamicCache, StaticCache])
+def test_a_cache_of_another_route_is_refused(model, kind):
+    cache = DynamicCache() if kind is DynamicCache else StaticCache(config=model.config, max_cache_len=24)
+    with model.pinned(["cats", "dogs", "cats"]):
+        first = model.generate(input_ids=PROMPT, past_key_values=cache, **GREEDY)
+        model.generate(input_ids=torch.cat([first, MORE], dim=1), past_key_values=copy.deepcopy(cache), **GREEDY)
+    with model.pinned(["cats", "dogs", "dogs"]):
+        with pytest.raises(ValueError, match=r"written with another route .* model.reroute\(past_key_values\)"):
+            model.generate(input_ids=torch.cat([first, MORE], dim=1), past_key_values=cache, **GREEDY)
+        with pytest.raises(ValueError, match="written with another route"):
+            model(input_ids=MORE, past_key_values=cache)
+
+
+def test_a_cache_of_the_base_model_fits_weights_of_zero_only(model):
+    with torch.no_grad(), model.using_base():
+        cache = model(input_ids=PROMPT, use_cache=True).past_key_values
+        expected = model(input_ids=torch.cat([PROMPT, MORE], dim=1)).logits[:, -2:]
+    with model.pinned(["cats"] * 3), pytest.raises(ValueError, match="written with another route"):
+        model(input_ids=MORE, past_key_values=cache)
+    with torch.no_grad(), model.pinned(Routing(torch.zeros(1, 3))):
+        got = model(input_ids=MORE, past_key_values=cache).logits
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_stream_gives_the_text_of_the_prompts_own_adapter(model, stock, base_folder):
+    tokenizer = AutoTokenizer.from_pretrained(base_folder)
+    for row, name in enumerate(chosen(model)):
+        one = PROMPT[row : row + 1]
+        streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=60)
+        options = {"input_ids": one, "streamer": streamer, **GREEDY}
+        thread = threading.Thread(target=model.generate, kwargs=options)
+        thread.start()
+        text = "".join(streamer)
+        thread.join()
+        assert text.strip() == tokenizer.decode(stock(name).generate(input_ids=one, **GREEDY)[0, 6:])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_beams": 3, "num_return_sequences": 2, "do_sample": False},
+        {"num_return_sequences": 3, "do_sample": True, "top_k": 5},
+        {"num_beams": 2, "num_return_sequences": 2, "do_sample": True},
+    ],
+)
+def test_beams_and_samples_of_a_prompt_follow_its_route(model, stock, options):
+    options = {"min_new_tokens": 4, "max_new_tokens": 4, **options}
+    for row, name in enumerate(chosen(model)):
+        one, results = PROMPT[row : row + 1], []
+        for generator in (model, stock(name)):
+            torch.manual_seed(7)
+            results.append(generator.generate(input_ids=one, **options))
+        assert torch.equal(*results)
+    assert len(model.generate(input_ids=PROMPT, **options)) == 3 * options["num_return_sequences"]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_on_either_side_changes_nothing(model, stock, base_folder, side):
+    tokenizer = AutoTokenizer.from_pretrained(base_folder)
+    prompts = ["the red cat sat .", "one dog ran", "review : the film good ? answer :"]
+    batch = tokenizer(prompts, return_tensors="pt", padding=True, padding_side=side).data
+    with torch.no_grad():
+        mixed = model(**batch).logits
+    names = chosen(model, batch["input_ids"][2:])
+    for row, prompt in enumerate(prompts):
+        one = tokenizer([prompt], return_tensors="pt").data
+        (name,) = chosen(model, one["input_ids"])
+        with torch.no_grad():
+            expected = stock(name)(**one).logits[0]
+        torch.testing.assert_close(mixed[row][batch["attention_mask"][row].bool()], expected, rtol=1e-4, atol=1e-4)
+    assert names

@@ -1,0 +1,54 @@
+"""The command that adds experts to a saved mixture, and removes them."""
+
+import pytest
+
+from moa.model import MoaModel
+from moa.training.fit_router import main as fit_router
+from moa.training.grow import main
+
+FEW = ("--source", "pocket", "--train_rows", "24", "--validation_rows", "12")
+
+
+@pytest.fixture
+def mixture(base_folder, adapters, tmp_path):
+    """A saved mixture of two tasks with a fitted router."""
+    folder = tmp_path / "moa"
+    model = MoaModel.from_adapters(str(base_folder), {"sst2": adapters["cats"], "squad": adapters["dogs"]})
+    model.save_pretrained(folder)
+    fit_router(
+        [str(folder), *FEW, "--layers", "1", "--poolings", "mean", "--heads", "linear", "--disable_tqdm", "true"]
+    )
+    return folder
+
+
+def test_an_expert_is_added_and_removed_again(mixture, adapters, base_folder, capsys):
+    before = MoaModel.from_pretrained(None, mixture)
+    capsys.readouterr()
+    main([str(mixture), "--add", f"piqa={adapters['films']}", *FEW])
+    said = capsys.readouterr().out
+    model = MoaModel.from_pretrained(None, mixture)
+    assert model.experts == ("sst2", "squad", "piqa")
+    assert all(f"{name}: router accuracy on held-out prompts" in said for name in model.experts)
+    fitted = model.moa_config.router
+    assert fitted.calibration.prompts == 36 and fitted.abstention.score == "both"
+    assert model.moa_config.scores.keys() == {"router accuracy on held-out prompts"}
+    head = before.moa_router.head
+    assert model.moa_router.head.weight[:2].equal(head.weight) and model.moa_router.head.bias[:2].equal(head.bias)
+
+    main([str(mixture), "--remove", "piqa", *FEW])
+    again = MoaModel.from_pretrained(None, mixture)
+    assert again.experts == ("sst2", "squad") and not (mixture / "piqa").exists()
+    assert again.moa_config.router.abstention == before.moa_config.router.abstention
+    assert again.moa_router.head.weight.equal(head.weight)
+
+
+def test_bad_input_is_one_sentence_and_changes_nothing(mixture, adapters, refusal):
+    config = (mixture / "moa_config.json").read_bytes()
+    for words, message in (
+        ([], "nothing to do"),
+        (["--add", "piqa"], "--add takes NAME=ADAPTER"),
+        (["--remove", "birds"], "no expert is called 'birds'"),
+        (["--add", f"piqa={adapters['films']}", "--tasks", "sst2", "squad"], "no task is called 'piqa'"),
+    ):
+        assert message in refusal(main, [str(mixture), *words, *FEW])
+    assert (mixture / "moa_config.json").read_bytes() == config

@@ -1,0 +1,98 @@
+# /// script
+# dependencies = ["moa-peft"]
+# ///
+"""Fit the router of a saved mixture: which layer it reads, how it pools and decides are chosen on held-out prompts.
+
+    moa fit-router outputs/moa
+    moa fit-router outputs/moa --tasks sst2 squad --source pocket
+    moa fit-router outputs/moa --tasks mnli piqa --data_dir my_data --layers 4 8 --heads linear
+    moa fit-router outputs/moa --objective utility --overwrite
+
+One pass of the base model over the prompts gives the features of all layers, which the cache keeps; attention pooling
+takes another, to the chosen layer. The rest is seconds, except with --objective language_model, which runs the whole
+model. The mixture gets the new router; OUTPUT_DIR, by default MIXTURE/router_fit, gets router_report.json and the
+checkpoints.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from moa.arguments import parse, run
+from moa.training.router_options import RouterChoices, RouterTrainingArguments
+
+EXAMPLES = "\n".join(line.strip() for line in (__doc__ or "").splitlines() if line.startswith("    "))
+
+RUN_FOLDER = "MIXTURE/router_fit"
+
+
+@dataclass
+class FitRouterArguments:
+    """Which mixture, from which prompts."""
+
+    mixture: str = field(
+        default="outputs/moa", metadata={"help": "folder of a saved mixture; may come first without its name"}
+    )
+    tasks: list[str] | None = field(
+        default=None,
+        metadata={"help": "tasks, suites, or your YAML files, one for each expert; default the catalog's of its name"},
+    )
+    model: str | None = field(default=None, metadata={"help": "base model, if not the one that the mixture names"})
+    source: str = field(
+        default="hub", metadata={"help": "where prompts come from: hub, pocket, or local with --data_dir"}
+    )
+    data_dir: str | None = field(default=None, metadata={"help": "folder with TASK/{train,validation,test}.jsonl"})
+    train_rows: int = field(default=200, metadata={"help": "prompts a task to fit the router on"})
+    validation_rows: int = field(
+        default=50, metadata={"help": "prompts a task to choose on, and for temperature and accuracy"}
+    )
+    check_base: bool = field(default=True, metadata={"help": "refuse a base model that the mixture does not name"})
+    overwrite: bool = field(default=False, metadata={"help": "fit again what was fitted with other settings"})
+    num_processes: int | None = field(
+        default=None, metadata={"help": "refuse to run with another number of processes"}
+    )
+
+
+@dataclass
+class FitTrainingArguments(RouterTrainingArguments):
+    """As for a new mixture; only the mixture's own folder has another name here."""
+
+    output_dir: str = field(default=RUN_FOLDER, metadata={"help": "where report and checkpoints go"})
+
+
+@run
+def main(argv: list[str] | None = None) -> None:
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words and not words[0].startswith("-"):
+        words.insert(0, "--mixture")
+    kinds = (FitRouterArguments, RouterChoices, FitTrainingArguments)
+    asked, choices, training = parse(kinds, words, prog="moa fit-router", examples=EXAMPLES)
+    from moa.config import CONFIG_NAME, MoaConfig
+    from moa.distributed import check_launch
+    from moa.tasks import load_tasks
+    from moa.training.mixture import refit_router
+
+    check_launch(asked.num_processes)
+    folder = Path(asked.mixture)
+    if not (folder / CONFIG_NAME).is_file():
+        raise ValueError(f"{folder} is no folder of a saved mixture: give one, download it first if it is on the Hub")
+    if training.output_dir == RUN_FOLDER:
+        training.output_dir = str(folder / "router_fit")
+    refit_router(
+        folder,
+        load_tasks(asked.tasks or MoaConfig.from_json(folder / CONFIG_NAME).experts),
+        training,
+        choices,
+        rows={"source": asked.source, "data_dir": asked.data_dir},
+        train_rows=asked.train_rows,
+        validation_rows=asked.validation_rows,
+        model_name=asked.model,
+        check_base=asked.check_base,
+        overwrite=asked.overwrite,
+    )
+
+
+if __name__ == "__main__":
+    main()
