@@ -28,11 +28,12 @@ class Ballot:
 
     def __init__(self, like: Float[Tensor, "..."]):
         self.total, self.positive = torch.zeros_like(like), torch.zeros_like(like)
+        self._above_zero = torch.empty_like(like)
 
     def add(self, votes: Float[Tensor, "..."], weight: float = 1.0) -> None:
         """Count one matrix of votes, each `weight` times (> 0)."""
         self.total.add_(votes, alpha=weight)
-        self.positive.add_(votes.relu(), alpha=weight)
+        self.positive.add_(torch.clamp(votes, min=0, out=self._above_zero), alpha=weight)
 
     def sizes(self) -> Float[Tensor, "..."]:
         """The sum of the votes' sizes at each entry."""

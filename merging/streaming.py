@@ -86,12 +86,14 @@ def elected(
     """
     matrix = torch.empty(dense.shape)
     won = cast = 0.0
+    counts_voters = election == "frequency" or normalise == "mean"
     for block in dense.blocks():
-        values, voters = Ballot(matrix[block]), Ballot(matrix[block])
+        values = Ballot(matrix[block])
+        voters = Ballot(matrix[block]) if counts_voters else values
         for i in dense:
             votes = thin[i](dense.rows(i, block))
             values.add(votes)
-            if election == "frequency" or normalise == "mean":
+            if counts_voters:
                 voters.add(votes.sign_(), abs(float(weights[i])))
         sign = (values if election == "total" else voters).sign()
         merged = values.agreeing(sign)
