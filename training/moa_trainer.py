@@ -10,8 +10,10 @@ add the router's cross-entropy to it.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +60,7 @@ class MoaTrainerMixin:
         columns = getattr(kwargs.get("train_dataset"), "column_names", None) or ()
         super().__init__(*args, **kwargs)
         _check(self, columns)
+        _tell_what_training_changes(model)
         self.routing = routing or _training_mode(model)
         self.router_loss_weight = router_loss_weight
         self.data_collator = keep_task(self.data_collator, model.experts)
@@ -213,9 +216,31 @@ def trained_experts(model: MoaModel) -> set[str]:
 
 
 def _training_mode(model: MoaModel) -> RoutingMode:
+    return "soft" if _router_learns(model) else model.moa_config.routing
+
+
+def _router_learns(model: MoaModel) -> bool:
     router = model.moa_router
-    learns = router is not None and any(parameter.requires_grad for parameter in router.parameters())
-    return "soft" if learns else model.moa_config.routing
+    return router is not None and any(parameter.requires_grad for parameter in router.parameters())
+
+
+def _tell_what_training_changes(model: MoaModel) -> None:
+    """Warn of dropout that gated layers do not apply, and drop thresholds that belong to the router as it was."""
+    dropping = [name for name in sorted(trained_experts(model)) if model.peft_config[name].lora_dropout > 0]
+    if dropping:
+        warnings.warn(
+            f"lora_dropout of {', '.join(dropping)} is not applied: a mixture's layers train without dropout",
+            stacklevel=3,
+        )
+    fitted = model.moa_config.router
+    measured = {"calibration": None, "abstention": None, "conformal": None}
+    if _router_learns(model) and any(getattr(fitted, name) is not None for name in measured):
+        warnings.warn(
+            "the router learns, so its calibration and its thresholds for strange prompts no longer hold and are "
+            "dropped: this mixture trusts its experts with every prompt from now on",
+            stacklevel=3,
+        )
+        model.moa_config.router = replace(fitted, **measured)
 
 
 def _check(trainer: Trainer, columns: Sequence[str]) -> None:

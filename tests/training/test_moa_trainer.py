@@ -10,6 +10,7 @@ from trl import SFTConfig
 
 from moa.model import MoaModel
 from moa.router import SequenceRouter
+from moa.strangeness import Abstention
 from moa.training.moa_trainer import MoaSFTTrainer, MoaTrainer
 
 ROWS = [([3, 4, 5, 6], [7, 8], 0), ([9, 10, 11], [12, 13, 14], 1), ([3, 9, 20, 21], [22], 2), ([15, 16], [17, 18], 0)]
@@ -294,3 +295,23 @@ def test_a_checkpoint_is_written_beside_what_another_process_has_written_there_f
     (folder / "rng_state_1.pth").write_bytes(b"of the other process")
     make_model().save_pretrained(folder)
     assert (folder / "moa_config.json").is_file() and (folder / "rng_state_1.pth").is_file()
+
+
+def test_thresholds_of_a_router_that_learns_on_are_dropped_with_a_word(make_model, trainer, arguments, rows):
+    model = make_model()
+    model.moa_config.router.abstention = Abstention("energy", 0.1, 0.0, 1.0)
+    with pytest.warns(UserWarning, match="thresholds for strange prompts no longer hold"):
+        trainer(MoaTrainer, model, arguments(), rows)
+    assert model.moa_config.router.abstention is None
+
+    frozen = make_model(router=False, experts=["cats"])
+    frozen.moa_config.router.abstention = Abstention("energy", 0.1, 0.0, 1.0)
+    trainer(MoaTrainer, frozen, arguments(), rows)
+    assert frozen.moa_config.router.abstention is not None
+
+
+def test_dropout_that_the_layers_do_not_apply_is_told(make_model, trainer, arguments, rows):
+    model = make_model(experts=["cats"])
+    model.peft_config["cats"].lora_dropout = 0.1
+    with pytest.warns(UserWarning, match="lora_dropout of cats is not applied"):
+        trainer(MoaTrainer, model, arguments(), rows)
