@@ -102,7 +102,10 @@ def new_router(candidate: Candidate, seen: Split, hidden_units: int, seed: int) 
 def compare(
     candidates: Sequence[Candidate], seen: Split, unseen: Split, hidden_units: int, training: TrainingArguments
 ) -> list[Judged]:
-    """Fit each candidate as the winner will be, without checkpoints and logs, and judge it."""
+    """Fit each candidate as the winner will be, without checkpoints and logs, and judge it; the cheapest come first.
+
+    Once one is `unbeatable` the others, which cost more, are left out.
+    """
     quiet = replace(
         training,
         save_strategy="no",
@@ -113,7 +116,7 @@ def compare(
         load_best_model_at_end=False,
     )
     judged = []
-    for candidate in track(candidates, description="comparing routers", transient=True):
+    for candidate in track(sorted(candidates, key=_cost), description="comparing routers", transient=True):
         router = new_router(candidate, seen, hidden_units, training.seed)
         if candidate.head != "centroid":
             dataset = seen.dataset(candidate.layer, candidate.pooling)
@@ -121,6 +124,8 @@ def compare(
             trainer.remove_callback(PrinterCallback)
             trainer.train()
         judged.append(judge(candidate, router.cpu(), unseen))
+        if unbeatable(judged[-1]):
+            break
     return judged
 
 
@@ -139,6 +144,11 @@ def judge(candidate: Candidate, router: SequenceRouter, unseen: Split) -> Judged
         losses=F.cross_entropy(logits, unseen.targets, reduction="none"),
         temperature=temperature,
     )
+
+
+def unbeatable(judged: Judged) -> bool:
+    """Whether it is right on every held-out prompt, and so sure of it that no other could noticeably be better."""
+    return judged.accuracy == 1 and judged.nll <= NEGLIGIBLE
 
 
 def best_of(judged: Sequence[Judged]) -> Judged:

@@ -25,7 +25,7 @@ from moa.tasks import Example
 from moa.training.adapter_losses import losses_of_experts
 from moa.training.label_noise import LabelNoise, find_label_noise
 from moa.training.prompt_features import PromptFeatures
-from moa.training.router_choice import Candidate, Judged, Split, best_of, compare, judge, new_router
+from moa.training.router_choice import Candidate, Judged, Split, best_of, compare, judge, new_router, unbeatable
 from moa.training.router_doubt import Strangeness, with_doubt
 from moa.training.router_options import RouterChoices
 from moa.training.router_trainer import RouterTrainer
@@ -116,8 +116,10 @@ class RouterFit:
         """Choose, then fit what was chosen, from `checkpoint` if an earlier run left one."""
         started = time.perf_counter()
         compared = self._compare()
-        chosen = best_of(compared).candidate
-        self._say(f"{len(compared)} routers compared in {time.perf_counter() - started:.1f} s")
+        best = best_of(compared)
+        chosen, rest = best.candidate, "; no other could do better" if unbeatable(best) else ""
+        count = f"{len(compared)} router{'s' * (len(compared) > 1)}"
+        self._say(f"{count} compared in {time.perf_counter() - started:.1f} s{rest}")
         router = self._fit(chosen, checkpoint)
         judged = judge(chosen, router, self.unseen)
         objective, layer, names = self.choices.objective, chosen.layer, self.model.experts
@@ -129,13 +131,16 @@ class RouterFit:
         return FittedRouter(router, config, judged, compared, self.labels[1], self.losses[1], noise, strangeness)
 
     def _compare(self) -> list[Judged]:
-        """All heads over all layers and fixed poolings; then attention, at the layer that was best, if it is asked."""
+        """All heads over all layers and fixed poolings; then attention, at the layer that was best, if it is asked.
+
+        It ends early with a router that nothing could beat.
+        """
         fixed = [pooling for pooling in self.choices.poolings if pooling != "attention"]
         trained = [head for head in self.choices.heads if head != "centroid"]
         heads = trained if self.choices.objective == "language_model" else self.choices.heads
         learned = "attention" in self.choices.poolings and trained
         compared = self._judge(product(self.layers, fixed or ["mean"], heads))
-        if not learned:
+        if not learned or (fixed and unbeatable(best_of(compared))):
             return compared
         layer = best_of(compared).candidate.layer
         with self.training.main_process_first(desc="states of the prompts' tokens"), self.model.using_base():

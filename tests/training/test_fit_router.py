@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
 from moa.model import MoaModel
 from moa.tasks import load_task
@@ -18,7 +19,7 @@ from moa.training.adapter_losses import losses_of_experts
 from moa.training.fit_router import main
 from moa.training.label_noise import find_label_noise
 from moa.training.prompt_features import PromptFeatures
-from moa.training.router_choice import Candidate, Judged, best_of
+from moa.training.router_choice import Candidate, Judged, Split, best_of, compare, unbeatable
 from moa.training.router_doubt import Strangeness
 from moa.training.router_trainer import RouterTrainer
 
@@ -75,7 +76,11 @@ def share_of_own(model, tokenizer):
     return sum(right) / len(right)
 
 
-def test_every_layer_pooling_and_head_is_compared_and_the_best_is_saved(command, mixture, tokenizer, capsys):
+def test_every_layer_pooling_and_head_is_compared_and_the_best_is_saved(
+    command, mixture, tokenizer, capsys, monkeypatch
+):
+    for module in ("router_choice", "router_fit"):  # these prompts are so easy that the first router would do
+        monkeypatch.setattr(f"moa.training.{module}.unbeatable", lambda judged: False)
     main(command())
     found = reported(mixture)
     asked = {(one["layer"], one["pooling"], one["head"]) for one in found["compared"]}
@@ -93,6 +98,20 @@ def test_every_layer_pooling_and_head_is_compared_and_the_best_is_saved(command,
     assert "moa: share" not in config.scores and config.scores["merge:svd: share"] == 0.3
     said = capsys.readouterr().out
     assert "chosen" in said and "95 % interval" in said and "squad" in said
+
+
+def test_a_comparison_ends_with_the_first_router_that_none_could_beat():
+    class Told:
+        """Features that are the answer at layer 2, and nothing at layer 1."""
+
+        def pooled(self, layer, pooling):
+            return F.one_hot(torch.arange(12) % 3, 3).float() * (layer == 2)
+
+    split = Split(Told(), F.one_hot(torch.arange(12) % 3, 3).float())
+    candidates = [Candidate(layer, "mean", head) for layer in (3, 2, 1) for head in ("centroid",)]
+    judged = compare(candidates, split, split, 8, TrainingArguments(output_dir="unused", use_cpu=True))
+    assert [one.candidate.layer for one in judged] == [1, 2]
+    assert best_of(judged) is judged[-1] and unbeatable(judged[-1]) and not unbeatable(judged[0])
 
 
 def test_features_are_read_once_and_only_of_layers_that_are_new(base_model, tokenizer, monkeypatch):
