@@ -18,7 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moa.arguments import parse, run
+from moa.arguments import indented, parse, run
+from moa.shared_arguments import ComputingArguments, MixtureArguments, RowsArguments
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,25 +32,13 @@ if TYPE_CHECKING:
     from moa.evaluation.systems import System
     from moa.model import MoaModel
 
-EXAMPLES = "\n".join(line.strip() for line in (__doc__ or "").splitlines() if line.startswith("    "))
 MIXED_BATCH = 16  # prompts whose latency is measured
 
 
 @dataclass
-class ComposeArguments:
-    """What to compose, by which method, and on which rows it is judged."""
+class ComposeArguments(ComputingArguments, RowsArguments, MixtureArguments):
+    """By which method to compose, and on how many rows it is judged."""
 
-    mixture: str = field(default="outputs/moa", metadata={"help": "saved mixture with a router: folder or repository"})
-    model: str | None = field(default=None, metadata={"help": "base model, if not the one that the mixture names"})
-    check_base: bool = field(default=True, metadata={"help": "refuse a base model that the mixture does not name"})
-    tasks: list[str] | None = field(
-        default=None,
-        metadata={"help": "tasks, suites, or your YAML files; default the catalog's tasks called like the experts"},
-    )
-    source: str = field(
-        default="hub", metadata={"help": "where rows come from: hub, pocket, or local with --data_dir"}
-    )
-    data_dir: str | None = field(default=None, metadata={"help": "folder with TASK/{train,validation,test}.jsonl"})
     method: str = field(
         default="ties",
         metadata={
@@ -78,17 +67,15 @@ class ComposeArguments:
         default=None, metadata={"help": "cap on the length of generated answers; default what each task says"}
     )
     batch_size: int = field(default=32, metadata={"help": "prompts at once"})
-    attn_implementation: str = field(default="auto", metadata={"help": "attention, as in from_pretrained"})
     seed: int = field(default=0, metadata={"help": "which examples are drawn"})
     output_dir: str = field(default="outputs/composed", metadata={"help": "where cells, results and mixture go"})
 
 
 @run
 def main(argv: list[str] | None = None) -> None:
-    (asked,) = parse(ComposeArguments, argv, prog="moa compose", examples=EXAMPLES)
+    (asked,) = parse(ComposeArguments, argv, prog="moa compose", examples=indented(__doc__), first="mixture")
     from rich.console import Console
 
-    from moa.attention import check_attention, set_attention
     from moa.evaluation.compose_report import print_composed, write_html, write_png
     from moa.evaluation.full_evaluation import check_counts
     from moa.evaluation.merges import AskedMerge
@@ -99,9 +86,7 @@ def main(argv: list[str] | None = None) -> None:
     if not 0 <= asked.geometry_share <= 1:
         raise ValueError(f"--geometry_share is a share from 0 to 1, got {asked.geometry_share}")
     merge = AskedMerge.read(asked.method)
-    check_attention(asked.attn_implementation)
-    model = MoaModel.from_pretrained(asked.model, asked.mixture, check_base=asked.check_base)
-    set_attention(model.get_base_model(), asked.attn_implementation)
+    model = MoaModel.from_pretrained(asked.model, asked.mixture, check_base=asked.check_base, **asked.computing)
     output = Path(asked.output_dir)
     found = compose(model, merge, asked)
     write_json(found, output / "compose.json")
@@ -131,7 +116,7 @@ def compose(model: MoaModel, merge: AskedMerge, asked: ComposeArguments) -> dict
     if asked.check_base:
         model.check_tokenizer(tokenizer)
     tasks = [capped(task, asked.max_new_tokens) for task in tasks_of(asked.tasks, model.experts)]
-    rows = {"source": asked.source, "data_dir": asked.data_dir, "seed": asked.seed}
+    rows = {**asked.rows_from, "seed": asked.seed}
     questions = [Questions(task, task.examples("test", limit=asked.rows, **rows), others=0) for task in tasks]
     validation = {task.name: task.examples("validation", limit=asked.validation_rows, **rows) for task in tasks}
     kept = Kept(Path(asked.output_dir) / "cells", model)

@@ -18,20 +18,19 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moa.arguments import parse, run
+from moa.arguments import indented, parse, run
+from moa.shared_arguments import ComputingArguments, MixtureArguments, RowsArguments
 from moa.tasks import Task, load_tasks, task_names
 
 if TYPE_CHECKING:
     from moa.evaluation.merges import AskedMerge
     from moa.model import MoaModel
 
-EXAMPLES = "\n".join(line.strip() for line in (__doc__ or "").splitlines() if line.startswith("    "))
-
 COUNTS = ("rows", "other_rows", "validation_rows", "batch_size", "max_new_tokens")
 
 
 @dataclass
-class EvaluationArguments:
+class EvaluationArguments(ComputingArguments, RowsArguments, MixtureArguments):
     """What to compare, and on how many examples."""
 
     mixture: str = field(
@@ -40,16 +39,6 @@ class EvaluationArguments:
             "help": "saved mixture: a folder, whose README.md and moa_config.json get the scores, or a Hub repository"
         },
     )
-    model: str | None = field(default=None, metadata={"help": "base model, if not the one that the mixture names"})
-    check_base: bool = field(default=True, metadata={"help": "refuse a base model that the mixture does not name"})
-    tasks: list[str] | None = field(
-        default=None,
-        metadata={"help": "tasks, suites, or your YAML files; default the catalog's tasks called like the experts"},
-    )
-    source: str = field(
-        default="hub", metadata={"help": "where rows come from: hub, pocket, or local with --data_dir"}
-    )
-    data_dir: str | None = field(default=None, metadata={"help": "folder with TASK/{train,validation,test}.jsonl"})
     methods: list[str] = field(
         default_factory=lambda: ["average", "concatenation", "factor_sum", "svd", "ties"],
         metadata={
@@ -75,23 +64,15 @@ class EvaluationArguments:
         default=None, metadata={"help": "cap on the length of generated answers; default what each task says"}
     )
     batch_size: int = field(default=32, metadata={"help": "prompts at once"})
-    attn_implementation: str = field(
-        default="auto",
-        metadata={
-            "help": "attention, as in from_pretrained; auto: FlashAttention 4, 3 or 2 where GPU and packages allow, "
-            "else sdpa; eager is faster on a CPU when prompts are short"
-        },
-    )
     seed: int = field(default=0, metadata={"help": "which examples are drawn"})
     output_dir: str = field(default="outputs/evaluation", metadata={"help": "where cells, results and report go"})
 
 
 @run
 def main(argv: list[str] | None = None) -> None:
-    (asked,) = parse(EvaluationArguments, argv, prog="full_evaluation.py", examples=EXAMPLES)
+    (asked,) = parse(EvaluationArguments, argv, prog="full_evaluation.py", examples=indented(__doc__), first="mixture")
     from rich.console import Console
 
-    from moa.attention import check_attention, set_attention
     from moa.evaluation.comparison import card_scores, other_scores
     from moa.evaluation.merges import AskedMerge
     from moa.evaluation.other_routers import check_routers
@@ -102,9 +83,7 @@ def main(argv: list[str] | None = None) -> None:
     check_counts(asked)
     check_routers(asked.routers)
     merges = [AskedMerge.read(spec) for spec in asked.methods if asked.methods != ["none"]]
-    check_attention(asked.attn_implementation)
-    model = MoaModel.from_pretrained(asked.model, asked.mixture, check_base=asked.check_base)
-    set_attention(model.get_base_model(), asked.attn_implementation)
+    model = MoaModel.from_pretrained(asked.model, asked.mixture, check_base=asked.check_base, **asked.computing)
     found = compare(model, merges, asked)
     output = Path(asked.output_dir)
     write_json(found, output / "results.json")
@@ -142,7 +121,7 @@ def compare(model: MoaModel, merges: Sequence[AskedMerge], asked: EvaluationArgu
     if asked.check_base:
         model.check_tokenizer(tokenizer)
     tasks = [capped(task, asked.max_new_tokens) for task in tasks_of(asked.tasks, model.experts)]
-    rows = {"source": asked.source, "data_dir": asked.data_dir, "seed": asked.seed}
+    rows = {**asked.rows_from, "seed": asked.seed}
     questions = [Questions(task, task.examples("test", limit=asked.rows, **rows), asked.other_rows) for task in tasks]
     validation = [task.examples("validation", limit=asked.validation_rows, **rows) for task in tasks if merges]
     kept = Kept(Path(asked.output_dir) / "cells", model)

@@ -19,7 +19,7 @@ from typing import Any, get_type_hints
 from moa.errors import OneLineParser, nearest, refuse, run
 from moa.yaml_options import environment_of, read_options, value_of
 
-__all__ = ["parse", "run"]
+__all__ = ["indented", "parse", "run"]
 
 
 def parse(
@@ -29,6 +29,7 @@ def parse(
     prog: str | None = None,
     description: str | None = None,
     examples: str | None = None,
+    first: str | None = None,
 ) -> tuple[Any, ...]:
     """Fill one instance of each dataclass: defaults, then `--config FILE.yaml`, then the command line.
 
@@ -40,12 +41,15 @@ def parse(
         dataclass_types: one dataclass or several; their `field(metadata={"help": ...})` is the `--help` text.
         argv: the arguments without the program's name; `sys.argv[1:]` when None.
         examples: commands to copy, shown at the end of `--help`.
+        first: the option that a word before all options belongs to.
 
     Raises:
         SystemExit: with status 2 and one sentence on stderr for whatever cannot be used as asked.
     """
     wanted = (dataclass_types,) if isinstance(dataclass_types, type) else tuple(dataclass_types)
     argv = list(sys.argv[1:] if argv is None else argv)
+    if first and argv and not argv[0].startswith("-"):
+        argv.insert(0, f"--{first}")
     parser, files = _parsers(wanted, prog=prog, description=description, epilog=_epilog(examples))
     try:
         parser.refuse_unknown_options(argv)
@@ -56,6 +60,11 @@ def parse(
         return parser.parse_args_into_dataclasses(argv, look_for_args_file=False)[: len(wanted)]
     except (ValueError, TypeError, OSError) as error:
         refuse(error)
+
+
+def indented(doc: str | None) -> str:
+    """The indented lines of a module's docstring, which are its commands to copy."""
+    return "\n".join(line.strip() for line in (doc or "").splitlines() if line.startswith("    "))
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):

@@ -41,30 +41,35 @@ def resolve_base_model(name: str) -> str:
 
 
 def load_base_model(
-    name: str, *, dtype: str | torch.dtype = "auto", attn_implementation: str = "auto", packing: bool = False
+    name: str, *, dtype: str | None = "auto", attn_implementation: str = "auto", packing: bool = False
 ) -> PreTrainedModel:
     """Load a causal language model in evaluation mode, on the accelerator if there is one.
 
     Args:
         name: `"smollm2-135m"`, a Hub repository, or a folder.
-        dtype: as in `from_pretrained`; `"auto"` keeps the checkpoint's own.
+        dtype: `"float32"`, `"bfloat16"` or `"float16"`; None keeps the checkpoint's own, and so does `"auto"` except
+            on a CPU that has no instructions for it, see `moa.precision`.
         attn_implementation: as in `from_pretrained`; `"auto"` takes the fastest that can run, see `moa.attention`.
         packing: whether rows will hold several sequences without padding, which `"auto"` looks at.
 
     Raises:
         FileNotFoundError: the bundled package is not installed, or `name` is neither a folder nor on the Hub.
-        ValueError: an attention that does not exist or cannot run here.
+        ValueError: a dtype that does not exist, or an attention that does not exist or cannot run here.
     """
     from transformers import AutoModelForCausalLM
 
     from moa.attention import check_attention, default_device, set_attention
+    from moa.precision import AUTO, check_dtype, widen
 
+    check_dtype(dtype or AUTO)
     check_attention(attn_implementation)
     try:
-        model = AutoModelForCausalLM.from_pretrained(resolve_base_model(name), dtype=dtype)
+        model = AutoModelForCausalLM.from_pretrained(resolve_base_model(name), dtype=dtype or AUTO)
     except OSError as error:
         raise _not_found(name, error) from error
     model = model.to(default_device()).eval()
+    if dtype == AUTO:
+        model = widen(model)
     set_attention(model, attn_implementation, packing=packing)
     return model
 

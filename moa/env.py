@@ -29,6 +29,7 @@ def environment() -> dict[str, str]:
     import torch
 
     from moa.attention import default_device, resolve
+    from moa.precision import computes_slowly
 
     found = {
         "python": platform.python_version(),
@@ -40,6 +41,7 @@ def environment() -> dict[str, str]:
             found[package] = version(package)
         except PackageNotFoundError:
             found[package] = "not installed"
+    found["cpu, bfloat16"] = "no instructions, auto is float32" if computes_slowly(torch.bfloat16) else "fast"
     found["cuda"] = torch.version.cuda or "not in this torch"
     for index in range(torch.cuda.device_count()):
         found[f"gpu {index}"] = torch.cuda.get_device_name(index)

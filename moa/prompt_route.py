@@ -12,11 +12,11 @@ from moa.cached_route import check_route, is_filled, recall
 from moa.packing import check_sequences, padded, sequence_of_tokens
 
 if TYPE_CHECKING:
-    from moa.model import MoaModel
+    from moa.routed_model import RoutedModel
 
 
 def take_route(
-    model: MoaModel, input_ids: Tensor | None, attention_mask: Tensor | None, given: dict[str, Any]
+    model: RoutedModel, input_ids: Tensor | None, attention_mask: Tensor | None, given: dict[str, Any]
 ) -> None:
     """Set what the layers read in this forward; it stays set, for gradient checkpointing runs them once more.
 
@@ -24,7 +24,7 @@ def take_route(
         given: the forward's other arguments; `use_cache` is switched off for packed rows.
 
     Raises:
-        ValueError: see `MoaModel.forward`.
+        ValueError: see `RoutedModel.forward`.
     """
     state, cache = model.route_state, given.get("past_key_values")
     state.token_rows = sequence_of_tokens(input_ids, attention_mask, given, needed=state.by_row)
@@ -43,7 +43,9 @@ def take_route(
         state.weights = _route_prompts(model, input_ids, attention_mask, given.get("labels"))
 
 
-def _route_prompts(model: MoaModel, input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor | None) -> Tensor:
+def _route_prompts(
+    model: RoutedModel, input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor | None
+) -> Tensor:
     """On what `labels` marks -100, and each part of a packed row apart."""
     prompt_mask = None if labels is None else labels.eq(-100)
     if (sequences := model.route_state.token_rows) is not None:
@@ -63,11 +65,11 @@ def _route_of(cache: Cache | None) -> Tensor:
     return weights
 
 
-def route_to_generate(model: MoaModel, input_ids: Tensor | None, given: Mapping[str, Any]) -> dict[str, Any]:
+def route_to_generate(model: RoutedModel, input_ids: Tensor | None, given: Mapping[str, Any]) -> dict[str, Any]:
     """Fields of the route state for a generation: a row of weights for each row that `generate` makes of the prompts.
 
     Raises:
-        ValueError: see `MoaModel.generate`.
+        ValueError: see `RoutedModel.generate`.
     """
     state, cache = model.route_state, given.get("past_key_values")
     if state.off or (state.pinned and state.weights is None):

@@ -119,7 +119,7 @@ def _fuse(model: MoaModel, mixture: Path, form: str) -> Path:
         for name in ("adapter_config.json", WEIGHTS_FILE):
             shutil.copy2(mixture / name, fused / name)
     else:
-        base = load_base_model(model.moa_config.base_model)
+        base = load_base_model(model.moa_config.base_model, dtype=None)
         PeftModelForCausalLM.from_pretrained(base, str(mixture)).merge_and_unload().save_pretrained(fused)
         load_tokenizer(model.moa_config.base_model).save_pretrained(fused)
     (fused / "README.md").write_text(fused_card(model.moa_config, expert_ranks(model), form))

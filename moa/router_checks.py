@@ -11,11 +11,11 @@ from moa.router import SequenceRouter
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from moa.model import MoaModel
+    from moa.routed_model import RoutedModel
 
 
 def describe_router(
-    model: MoaModel,
+    model: RoutedModel,
     router: SequenceRouter,
     layer: int,
     *,
@@ -38,8 +38,8 @@ def describe_router(
     )
 
 
-def check_router(model: MoaModel, router: SequenceRouter, fitted: RouterConfig, *, check_base: bool) -> None:
-    """See `MoaModel.set_router`."""
+def check_router(model: RoutedModel, router: SequenceRouter, fitted: RouterConfig, *, check_base: bool) -> None:
+    """See `RoutedModel.set_router`."""
     if fitted.experts is not None and fitted.experts != list(model.experts):
         raise ValueError(
             f"the router was fitted for the experts {', '.join(fitted.experts)}, this mixture has "
@@ -70,7 +70,7 @@ def check_router(model: MoaModel, router: SequenceRouter, fitted: RouterConfig, 
 
 
 def check_tokenizer(fitted: RouterConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-    """See `MoaModel.check_tokenizer`."""
+    """See `RoutedModel.check_tokenizer`."""
     for what, expected, digest in (
         ("tokenizer", fitted.tokenizer_sha256, tokenizer_sha256),
         ("chat template", fitted.chat_template_sha256, chat_template_sha256),

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import re
 import tempfile
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -155,6 +156,7 @@ def load_mixture(
     *,
     check_base: bool = True,
     router: bool = True,
+    computing: Mapping[str, str],
     **hub: Any,
 ) -> MoaModel:
     """See `MoaModel.from_pretrained`."""
@@ -162,7 +164,7 @@ def load_mixture(
     config = MoaConfig.from_json(directory / CONFIG_NAME)
     _check_unchanged(directory, config)
     if base is None or isinstance(base, str | Path):
-        base = load_base_model(config.base_model if base is None else str(base))
+        base = load_base_model(config.base_model if base is None else str(base), **computing)
     if check_base and config.base_model and not same_base(config.base_model, str(base.name_or_path)):
         raise ValueError(
             f"{source} is a mixture on {config.base_model!r}, this model is {str(base.name_or_path)!r}: "

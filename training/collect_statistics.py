@@ -20,9 +20,8 @@ from pathlib import Path
 
 from transformers.hf_argparser import HfArg
 
-from moa.arguments import parse, run
-
-EXAMPLES = "\n".join(line.strip() for line in (__doc__ or "").splitlines() if line.startswith("    "))
+from moa.arguments import indented, parse, run
+from moa.shared_arguments import RowsArguments
 
 
 @dataclass
@@ -34,10 +33,6 @@ class StatisticsArguments:
     )
     tasks: list[str] = HfArg(help="the task of each adapter: names, suites (seven, inference), or your YAML files")
     model: str = field(default="smollm2-135m", metadata={"help": "base model: a Hub name, a folder, or smollm2-135m"})
-    source: str = field(
-        default="hub", metadata={"help": "where rows come from: hub, pocket, or local with --data_dir"}
-    )
-    data_dir: str | None = field(default=None, metadata={"help": "folder with TASK/{train,validation,test}.jsonl"})
     split: str = field(default="train", metadata={"help": "rows to read: train or validation"})
     rows: int = field(default=256, metadata={"help": "rows a task"})
     fisher: bool = field(
@@ -52,13 +47,15 @@ class StatisticsArguments:
 
 @run
 def main(argv: list[str] | None = None) -> None:
-    (asked,) = parse(StatisticsArguments, argv, prog="moa statistics", examples=EXAMPLES)
+    asked, rows_of = parse(
+        (StatisticsArguments, RowsArguments), argv, prog="moa statistics", examples=indented(__doc__)
+    )
     from moa.tasks import load_tasks
     from moa.training.expert_statistics import collect_statistics
 
     check(asked)
     tasks = load_tasks(asked.tasks)
-    rows = {"source": asked.source, "data_dir": asked.data_dir, "limit": asked.rows, "seed": asked.seed}
+    rows = {**rows_of.rows_from, "limit": asked.rows, "seed": asked.seed}
     collect_statistics(
         paired(asked.adapters, [task.name for task in tasks]),
         {task.name: task.examples(asked.split, **rows) for task in tasks},

@@ -16,39 +16,23 @@ checkpoints.
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass, field
-from pathlib import Path
 
-from moa.arguments import parse, run
+from moa.arguments import indented, parse, run
+from moa.shared_arguments import ComputingArguments, MixtureArguments, RowsArguments
 from moa.training.router_options import RouterChoices, RouterTrainingArguments
-
-EXAMPLES = "\n".join(line.strip() for line in (__doc__ or "").splitlines() if line.startswith("    "))
 
 RUN_FOLDER = "MIXTURE/router_fit"
 
 
 @dataclass
-class FitRouterArguments:
-    """Which mixture, from which prompts."""
+class FitRouterArguments(ComputingArguments, RowsArguments, MixtureArguments):
+    """How many prompts, and whether to begin again."""
 
-    mixture: str = field(
-        default="outputs/moa", metadata={"help": "folder of a saved mixture; may come first without its name"}
-    )
-    tasks: list[str] | None = field(
-        default=None,
-        metadata={"help": "tasks, suites, or your YAML files, one for each expert; default the catalog's of its name"},
-    )
-    model: str | None = field(default=None, metadata={"help": "base model, if not the one that the mixture names"})
-    source: str = field(
-        default="hub", metadata={"help": "where prompts come from: hub, pocket, or local with --data_dir"}
-    )
-    data_dir: str | None = field(default=None, metadata={"help": "folder with TASK/{train,validation,test}.jsonl"})
     train_rows: int = field(default=200, metadata={"help": "prompts a task to fit the router on"})
     validation_rows: int = field(
         default=50, metadata={"help": "prompts a task to choose on, and for temperature and accuracy"}
     )
-    check_base: bool = field(default=True, metadata={"help": "refuse a base model that the mixture does not name"})
     overwrite: bool = field(default=False, metadata={"help": "fit again what was fitted with other settings"})
     num_processes: int | None = field(
         default=None, metadata={"help": "refuse to run with another number of processes"}
@@ -64,20 +48,15 @@ class FitTrainingArguments(RouterTrainingArguments):
 
 @run
 def main(argv: list[str] | None = None) -> None:
-    words = list(sys.argv[1:] if argv is None else argv)
-    if words and not words[0].startswith("-"):
-        words.insert(0, "--mixture")
     kinds = (FitRouterArguments, RouterChoices, FitTrainingArguments)
-    asked, choices, training = parse(kinds, words, prog="moa fit-router", examples=EXAMPLES)
+    asked, choices, training = parse(kinds, argv, prog="moa fit-router", examples=indented(__doc__), first="mixture")
     from moa.config import CONFIG_NAME, MoaConfig
     from moa.distributed import check_launch
     from moa.tasks import load_tasks
     from moa.training.mixture import refit_router
 
     check_launch(asked.num_processes)
-    folder = Path(asked.mixture)
-    if not (folder / CONFIG_NAME).is_file():
-        raise ValueError(f"{folder} is no folder of a saved mixture: give one, download it first if it is on the Hub")
+    folder = asked.folder
     if training.output_dir == RUN_FOLDER:
         training.output_dir = str(folder / "router_fit")
     refit_router(
@@ -85,7 +64,8 @@ def main(argv: list[str] | None = None) -> None:
         load_tasks(asked.tasks or MoaConfig.from_json(folder / CONFIG_NAME).experts),
         training,
         choices,
-        rows={"source": asked.source, "data_dir": asked.data_dir},
+        rows=asked.rows_from,
+        computing=asked.computing,
         train_rows=asked.train_rows,
         validation_rows=asked.validation_rows,
         model_name=asked.model,

@@ -14,13 +14,12 @@ for all experts together, which may choose another layer or head.
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moa.arguments import parse, run
+from moa.arguments import indented, parse, run
+from moa.shared_arguments import ComputingArguments, MixtureArguments, RowsArguments
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -29,47 +28,29 @@ if TYPE_CHECKING:
     from moa.model import MoaModel
     from moa.tasks import Example
 
-EXAMPLES = "\n".join(line.strip() for line in (__doc__ or "").splitlines() if line.startswith("    "))
-
 
 @dataclass
-class GrowArguments:
-    """Which mixture, which experts, from which prompts."""
+class GrowArguments(ComputingArguments, RowsArguments, MixtureArguments):
+    """Which experts, from how many prompts."""
 
-    mixture: str = field(
-        default="outputs/moa", metadata={"help": "folder of a saved mixture; may come first without its name"}
-    )
     add: list[str] = field(default_factory=list, metadata={"help": "experts to add, as NAME=ADAPTER"})
     remove: list[str] = field(default_factory=list, metadata={"help": "names of experts to remove"})
-    tasks: list[str] | None = field(
-        default=None,
-        metadata={"help": "tasks, suites, or your YAML files, one for each expert; default the catalog's of its name"},
-    )
-    model: str | None = field(default=None, metadata={"help": "base model, if not the one that the mixture names"})
-    source: str = field(
-        default="hub", metadata={"help": "where prompts come from: hub, pocket, or local with --data_dir"}
-    )
-    data_dir: str | None = field(default=None, metadata={"help": "folder with TASK/{train,validation,test}.jsonl"})
     train_rows: int = field(default=100, metadata={"help": "prompts of a new task to make its row of"})
     validation_rows: int = field(
         default=50, metadata={"help": "prompts a task for temperature, thresholds and accuracy"}
     )
     seed: int = field(default=42, metadata={"help": "which prompts are drawn"})
-    check_base: bool = field(default=True, metadata={"help": "refuse a base model that the mixture does not name"})
 
 
 @run
 def main(argv: list[str] | None = None) -> None:
-    words = list(sys.argv[1:] if argv is None else argv)
-    if words and not words[0].startswith("-"):
-        words.insert(0, "--mixture")
-    (asked,) = parse(GrowArguments, words, prog="moa grow", examples=EXAMPLES)
+    (asked,) = parse(GrowArguments, argv, prog="moa grow", examples=indented(__doc__), first="mixture")
     if not asked.add and not asked.remove:
         raise ValueError("nothing to do: give experts to --add NAME=ADAPTER, or names to --remove")
     from moa.model import MoaModel
 
     added = _pairs(asked.add)
-    model = MoaModel.from_pretrained(asked.model, _folder(asked.mixture), check_base=asked.check_base)
+    model = MoaModel.from_pretrained(asked.model, asked.folder, check_base=asked.check_base, **asked.computing)
     unknown = [name for name in asked.remove if name not in model.experts]
     if unknown:
         raise ValueError(f"no expert is called {unknown[0]!r}: this mixture has {', '.join(model.experts)}")
@@ -96,14 +77,6 @@ def _pairs(given: Sequence[str]) -> dict[str, str]:
     return {name: path for name, _, path in pairs}
 
 
-def _folder(mixture: str) -> Path:
-    from moa.config import CONFIG_NAME
-
-    if not (Path(mixture) / CONFIG_NAME).is_file():
-        raise ValueError(f"{mixture} is no folder of a saved mixture: give one, download it first if it is on the Hub")
-    return Path(mixture)
-
-
 def _examples(
     asked: GrowArguments, experts: Sequence[str], added: Mapping[str, str]
 ) -> tuple[dict[str, list[Example]], dict[str, list[Example]]]:
@@ -114,7 +87,7 @@ def _examples(
     missing = sorted(set(experts) - set(tasks))
     if missing:
         raise ValueError(f"no task is called {missing[0]!r} as its expert is: give each expert the task with its name")
-    rows: dict[str, Any] = {"source": asked.source, "data_dir": asked.data_dir, "seed": asked.seed}
+    rows: dict[str, Any] = {**asked.rows_from, "seed": asked.seed}
     return (
         {name: tasks[name].examples("train", limit=asked.train_rows, **rows) for name in added},
         {name: tasks[name].examples("validation", limit=asked.validation_rows, **rows) for name in experts},

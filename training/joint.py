@@ -20,6 +20,7 @@ from moa.attention import attention_of
 from moa.base_model import load_base_model, load_tokenizer
 from moa.config import FALLBACK
 from moa.distributed import SHARDED
+from moa.precision import dtype_of
 from moa.tasks import Example
 from moa.training.data import completion_dataset
 from moa.training.joint_trainer import JointTrainer, schedule
@@ -52,8 +53,8 @@ def train_jointly(
     model_name: str,
     *,
     rows: Mapping[str, Any],
+    computing: Mapping[str, str],
     batch_size: int | None = None,
-    attn_implementation: str = "auto",
 ) -> list[Path]:
     """Train the adapters that are not there yet, all at once, and save each to `output_dir/task`, as PEFT does.
 
@@ -61,9 +62,9 @@ def train_jointly(
         wanted: the adapters; their training differs in the learning rate alone.
         model_name: the base model.
         rows: `source`, `data_dir`, `limit` of the training rows.
+        computing: `dtype` and `attn_implementation` of `load_base_model`.
         batch_size: rows of all tasks in one forward, default `per_device_train_batch_size`; only speed and memory
             depend on it.
-        attn_implementation: as in `from_pretrained`; `auto` takes the fastest that can run.
 
     Raises:
         ValueError: a setting that a joint run does not take, a name that PEFT cannot hold, a folder with another
@@ -73,7 +74,7 @@ def train_jointly(
     opened = [(one, *open_run(one, model_name, rows)) for one in wanted]
     left = [(one, run, examples) for one, run, examples in opened if not run.finished]
     if left:
-        _train(left, model_name, batch_size, attn_implementation)
+        _train(left, model_name, batch_size, computing)
     return [run.directory for _, run, _ in opened]
 
 
@@ -81,11 +82,11 @@ def _train(
     left: Sequence[tuple[Wanted, Run, list[Example]]],
     model_name: str,
     batch_size: int | None,
-    attn_implementation: str,
+    computing: Mapping[str, str],
 ) -> None:
     together = _open_together([run for _, run, _ in left], left[0][0])
-    model, tokenizer = load_base_model(model_name, attn_implementation=attn_implementation), load_tokenizer(model_name)
-    print(f"attention: {attention_of(model)}", flush=True)
+    model, tokenizer = load_base_model(model_name, **computing), load_tokenizer(model_name)
+    print(f"attention: {attention_of(model)}, {dtype_of(model)}", flush=True)
     for one, _, _ in left:
         check_adapter_name(model, one.task.name)
     training = left[0][0].training
@@ -102,7 +103,8 @@ def _train(
     if trainer.is_world_process_zero():
         for one, run, _ in left:
             save_adapter(trainer.model, one.task.name, run.directory, tokenizer)
-            run.finish(train_loss=losses[one.task.name], attention=attention_of(model), joint=list(losses))
+            how = {"attention": attention_of(model), "dtype": dtype_of(model), "joint": list(losses)}
+            run.finish(train_loss=losses[one.task.name], **how)
         _clear(together.directory)
 
 

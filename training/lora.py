@@ -16,6 +16,7 @@ from trl import SFTConfig
 from moa.adapters import WEIGHTS_FILE, check_name
 from moa.attention import attention_of
 from moa.base_model import load_base_model, load_tokenizer
+from moa.precision import dtype_of
 from moa.tasks import Example, Task
 from moa.training.data import completion_dataset
 from moa.training.record import Run, settings_of, text_sha256
@@ -39,15 +40,13 @@ class Wanted:
     training: SFTConfig
 
 
-def train_adapter(
-    wanted: Wanted, model_name: str, *, rows: Mapping[str, Any], attn_implementation: str = "auto"
-) -> Path:
+def train_adapter(wanted: Wanted, model_name: str, *, rows: Mapping[str, Any], computing: Mapping[str, str]) -> Path:
     """Train a LoRA adapter and save it to `output_dir/task`, or keep it where that was done.
 
     Args:
         model_name: the base model.
         rows: `source`, `data_dir`, `limit` of the training rows.
-        attn_implementation: as in `from_pretrained`; `auto` takes the fastest that can run.
+        computing: `dtype` and `attn_implementation` of `load_base_model`.
 
     Raises:
         ValueError: the folder holds another adapter, or an unfinished run that was not to be resumed.
@@ -57,8 +56,8 @@ def train_adapter(
         return run.directory
     training = wanted.training
     packing = training.packing or training.padding_free
-    model = load_base_model(model_name, attn_implementation=attn_implementation, packing=packing)
-    print(f"attention: {attention_of(model)}", flush=True)
+    model = load_base_model(model_name, packing=packing, **computing)
+    print(f"attention: {attention_of(model)}, {dtype_of(model)}", flush=True)
     set_seed(training.seed)  # TRL draws the adapter's first factors before its own seed is set
     trainer = LoraTrainer(
         model=model,
@@ -70,7 +69,7 @@ def train_adapter(
     result = trainer.train(resume_from_checkpoint=run.checkpoint)
     trainer.save_model()
     if trainer.is_world_process_zero():
-        run.finish(train_loss=result.training_loss, attention=attention_of(model))
+        run.finish(train_loss=result.training_loss, attention=attention_of(model), dtype=dtype_of(model))
     return run.directory
 
 

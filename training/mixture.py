@@ -16,6 +16,7 @@ from moa.base_model import load_base_model, load_tokenizer
 from moa.config import CONFIG_NAME
 from moa.merging import find_method
 from moa.model import MoaModel
+from moa.precision import dtype_of
 from moa.tasks import Example, Task
 from moa.training.record import Run, forget_run, settings_of, text_sha256
 from moa.training.router_fit import RouterFit, check_count
@@ -36,7 +37,7 @@ def train_mixture(
     train_rows: int,
     validation_rows: int,
     fallback_method: str,
-    attn_implementation: str = "auto",
+    computing: Mapping[str, str],
     **mixture: Any,
 ) -> None:
     """Load the experts, fit the router on their tasks' prompts, calibrate it, and save to `training.output_dir`.
@@ -46,7 +47,7 @@ def train_mixture(
         choices: what routers are compared, and what they are fitted to.
         rows: `source` and `data_dir` of the prompts.
         train_rows, validation_rows: prompts a task to fit on, and to choose, calibrate and score on.
-        attn_implementation: as in `from_pretrained`; `auto` takes the fastest that can run.
+        computing: `dtype` and `attn_implementation` of `load_base_model`.
         mixture: `routing`, `top_k`, `check_base` of `MoaModel.from_adapters`.
 
     Raises:
@@ -66,7 +67,7 @@ def train_mixture(
     if run.finished:
         print(f"kept {run.directory}: it was trained with these settings", flush=True)
         return
-    base = load_base_model(model_name, attn_implementation=attn_implementation)
+    base = load_base_model(model_name, **computing)
     model = MoaModel.from_adapters(base, adapters, **mixture)
     model.set_fallback(fallback_method)
     fit = RouterFit(model, load_tokenizer(model_name), fit_on, held_out, choices, training)
@@ -82,6 +83,7 @@ def refit_router(
     rows: Mapping[str, Any],
     train_rows: int,
     validation_rows: int,
+    computing: Mapping[str, str],
     model_name: str | None = None,
     check_base: bool = True,
     overwrite: bool = False,
@@ -91,6 +93,7 @@ def refit_router(
     Args:
         folder: of the mixture; an earlier router in it is not used.
         tasks: one for each expert, with its name.
+        computing: `dtype` and `attn_implementation` of `load_base_model`.
         model_name: the base model, if not the one that the mixture names.
         overwrite: forget an earlier fit that was made otherwise.
 
@@ -98,7 +101,7 @@ def refit_router(
         ValueError: tasks that are not the experts', or an earlier fit that was made otherwise.
     """
     check_count(len(tasks))
-    model = MoaModel.from_pretrained(model_name, folder, check_base=check_base, router=False)
+    model = MoaModel.from_pretrained(model_name, folder, check_base=check_base, router=False, **computing)
     by_name = {task.name: task for task in tasks}
     if set(by_name) != set(model.experts):
         raise ValueError(
@@ -167,10 +170,9 @@ def _fit_and_save(fit: RouterFit, run: Run, folder: Path) -> None:
     config.scores[ACCURACY] = found["accuracy"]
     model.save_pretrained(folder)
     write_report(found, run.directory)
-    attention = attention_of(model.get_base_model())
-    run.finish(
-        accuracy=found["accuracy"], temperature=found["temperature"], chosen=found["chosen"], attention=attention
-    )
+    base = model.get_base_model()
+    how = {"chosen": found["chosen"], "attention": attention_of(base), "dtype": dtype_of(base)}
+    run.finish(accuracy=found["accuracy"], temperature=found["temperature"], **how)
     show_report(found, Console())
     low, high = found["interval"]
     print(

@@ -23,12 +23,11 @@ from peft import LoraConfig
 from transformers.hf_argparser import HfArg
 from trl import SFTConfig
 
-from moa.arguments import parse, run
+from moa.arguments import indented, parse, run
+from moa.shared_arguments import ComputingArguments, RowsArguments
 
 if TYPE_CHECKING:
     from moa.training.lora import Wanted
-
-EXAMPLES = "\n".join(line.strip() for line in (__doc__ or "").splitlines() if line.startswith("    "))
 
 
 def _one_or_each(value: float, help: str) -> Any:
@@ -42,10 +41,6 @@ class LoraArguments:
 
     tasks: list[str] = HfArg(aliases=["--task"], help="tasks, suites (seven, inference), or your YAML files")
     model: str = field(default="smollm2-135m", metadata={"help": "base model: a Hub name, a folder, or smollm2-135m"})
-    source: str = field(
-        default="hub", metadata={"help": "where rows come from: hub, pocket, or local with --data_dir"}
-    )
-    data_dir: str | None = field(default=None, metadata={"help": "folder with TASK/{train,validation,test}.jsonl"})
     train_rows: int | None = field(default=None, metadata={"help": "use at most this many rows a task"})
     joint: bool = field(default=False, metadata={"help": "train all adapters in one run, rows of all tasks at once"})
     joint_batch_size: int | None = field(
@@ -63,13 +58,6 @@ class LoraArguments:
         metadata={"help": "modules to adapt, default the attention projections; all-linear for all"},
     )
     use_rslora: bool = field(default=False, metadata={"help": "scaling alpha / sqrt(rank) (Kalajdzievski 2023)"})
-    attn_implementation: str = field(
-        default="auto",
-        metadata={
-            "help": "attention, as in from_pretrained; auto: FlashAttention 4, 3 or 2 where GPU and packages allow, "
-            "torch's own for packed rows on CUDA, else sdpa; eager is faster on a CPU when rows are short"
-        },
-    )
     num_processes: int | None = field(
         default=None, metadata={"help": "refuse to run with another number of processes"}
     )
@@ -112,20 +100,19 @@ class LoraTrainingConfig(SFTConfig):
 
 @run
 def main(argv: list[str] | None = None) -> None:
-    lora, training = parse((LoraArguments, LoraTrainingConfig), argv, prog="train_lora.py", examples=EXAMPLES)
-    from moa.attention import check_attention
+    kinds = (LoraArguments, RowsArguments, ComputingArguments, LoraTrainingConfig)
+    lora, rows, computing, training = parse(kinds, argv, prog="train_lora.py", examples=indented(__doc__))
     from moa.distributed import check_launch
     from moa.training.joint import train_jointly
     from moa.training.lora import train_adapter
 
     check_launch(lora.num_processes)
-    check_attention(lora.attn_implementation)
     if lora.joint_batch_size is not None and not lora.joint:
         raise ValueError("--joint_batch_size is for --joint: add it, or give --per_device_train_batch_size")
     wanted = adapters_wanted(lora, training)
     shared = {
-        "rows": {"source": lora.source, "data_dir": lora.data_dir, "limit": lora.train_rows},
-        "attn_implementation": lora.attn_implementation,
+        "rows": {**rows.rows_from, "limit": lora.train_rows},
+        "computing": computing.computing,
     }
     if lora.joint:
         print(f"{len(wanted)} adapters in one run: {', '.join(one.task.name for one in wanted)}", flush=True)

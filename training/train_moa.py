@@ -19,10 +19,9 @@ from dataclasses import dataclass, field
 
 from transformers.hf_argparser import HfArg
 
-from moa.arguments import parse, run
+from moa.arguments import indented, parse, run
+from moa.shared_arguments import ComputingArguments, RowsArguments
 from moa.training.router_options import RouterChoices, RouterTrainingArguments
-
-EXAMPLES = "\n".join(line.strip() for line in (__doc__ or "").splitlines() if line.startswith("    "))
 
 
 @dataclass
@@ -35,10 +34,6 @@ class MoaArguments:
         metadata={"help": "a folder that holds an adapter for each task, or TASK=ADAPTER for each"},
     )
     model: str = field(default="smollm2-135m", metadata={"help": "base model: a Hub name, a folder, or smollm2-135m"})
-    source: str = field(
-        default="hub", metadata={"help": "where prompts come from: hub, pocket, or local with --data_dir"}
-    )
-    data_dir: str | None = field(default=None, metadata={"help": "folder with TASK/{train,validation,test}.jsonl"})
     train_rows: int = field(default=200, metadata={"help": "prompts a task to fit the router on"})
     validation_rows: int = field(
         default=50, metadata={"help": "prompts a task to choose on, and for temperature and accuracy"}
@@ -53,13 +48,6 @@ class MoaArguments:
     top_k: int = field(default=2, metadata={"help": "how many experts top_k mixes"})
     fallback_method: str = field(default="svd", metadata={"help": "merge method of the adapter at the saved root"})
     check_base: bool = field(default=True, metadata={"help": "refuse adapters that name another base model"})
-    attn_implementation: str = field(
-        default="auto",
-        metadata={
-            "help": "attention, as in from_pretrained; auto: FlashAttention 4, 3 or 2 where GPU and packages allow, "
-            "else sdpa; eager is faster on a CPU when prompts are short"
-        },
-    )
     num_processes: int | None = field(
         default=None, metadata={"help": "refuse to run with another number of processes"}
     )
@@ -67,16 +55,14 @@ class MoaArguments:
 
 @run
 def main(argv: list[str] | None = None) -> None:
-    kinds = (MoaArguments, RouterChoices, RouterTrainingArguments)
-    moa, choices, training = parse(kinds, argv, prog="train_moa.py", examples=EXAMPLES)
-    from moa.attention import check_attention
+    kinds = (MoaArguments, RowsArguments, ComputingArguments, RouterChoices, RouterTrainingArguments)
+    moa, rows, computing, choices, training = parse(kinds, argv, prog="train_moa.py", examples=indented(__doc__))
     from moa.distributed import check_launch
     from moa.tasks import load_tasks
     from moa.training.data import find_adapters
     from moa.training.mixture import train_mixture
 
     check_launch(moa.num_processes)
-    check_attention(moa.attn_implementation)
     tasks = load_tasks(moa.tasks)
     train_mixture(
         tasks,
@@ -84,14 +70,14 @@ def main(argv: list[str] | None = None) -> None:
         moa.model,
         training,
         choices,
-        rows={"source": moa.source, "data_dir": moa.data_dir},
+        rows=rows.rows_from,
         train_rows=moa.train_rows,
         validation_rows=moa.validation_rows,
         fallback_method=moa.fallback_method,
         routing=moa.routing,
         top_k=moa.top_k,
         check_base=moa.check_base,
-        attn_implementation=moa.attn_implementation,
+        computing=computing.computing,
     )
 
 
