@@ -16,8 +16,8 @@ from moa.config import ROUTER_NAME
 from moa.errors import nearest
 from moa.evaluation.scoring import Activate
 from moa.evaluation.systems import System, adapter_cost, experts_fingerprint
+from moa.in_flight import prefill_overhead
 from moa.model import MoaModel
-from moa.prefix import depth
 from moa.routing import route_logits
 
 NOTES = {
@@ -53,7 +53,7 @@ def _system(model: MoaModel, name: str, seed: int) -> System:
     config, cost = model.moa_config, adapter_cost(model, model.experts)
     fingerprint = f"{experts_fingerprint(model)} {seed}"
     if name == "centroid":
-        cost["prefill_overhead"] = config.router.layer / depth(model.get_base_model())
+        cost["prefill_overhead"] = prefill_overhead(model)
         fingerprint += f" {config.sha256.get(ROUTER_NAME)} {config.router.layer}"
     return System(f"router:{name}", "router", fingerprint, ROUTERS[name](model, seed), cost, NOTES[name])
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from moa.config import ROUTER_NAME
 from moa.evaluation.scoring import Activate
+from moa.in_flight import prefill_overhead
 from moa.model import MoaModel
 from moa.peft_checks import WEIGHTS_FILE
 from moa.routing import Routing
@@ -92,8 +93,7 @@ def mixture_system(model: MoaModel) -> System:
             yield
 
     config = model.moa_config
-    depth = model.config.get_text_config().num_hidden_layers
-    cost = {**adapter_cost(model, model.experts), "prefill_overhead": config.router.layer / depth}
+    cost = {**adapter_cost(model, model.experts), "prefill_overhead": prefill_overhead(model)}
     note = {
         "hard": "best expert",
         "top_k": f"best {config.top_k} mixed",

@@ -84,7 +84,7 @@ def prompt_states(
 @contextmanager
 def _first_layers(decoder: nn.Module, layers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
     """Cut the decoder down to what the deepest of `layers` needs; the dictionary receives what enters each."""
-    name, blocks = _layer_list(decoder)
+    name, blocks = layer_list(decoder)
     entering: dict[int, Tensor] = {}
 
     def keep(layer: int, output: Tensor | tuple[Tensor, ...]) -> None:
@@ -103,10 +103,23 @@ def _first_layers(decoder: nn.Module, layers: Sequence[int]) -> Iterator[dict[in
             hook.remove()
 
 
-def _layer_list(decoder: nn.Module) -> tuple[str, nn.ModuleList]:
+def layer_list(decoder: nn.Module) -> tuple[str, nn.ModuleList]:
+    """The decoder's list of layers, and the name under which it keeps it.
+
+    Raises:
+        ValueError: it keeps them in no list.
+    """
     for name, child in decoder.named_children():
         if isinstance(child, nn.ModuleList) and len(child) == depth(decoder):
             return name, child
     raise ValueError(
         f"{type(decoder).__name__} keeps its layers in no list that the router can cut: it cannot be routed"
     )
+
+
+def block_of(base_model: PreTrainedModel, module: str) -> int | None:
+    """Number of the decoder's layer that a module lies in; None for one outside, such as the embeddings."""
+    decoder = base_model.get_decoder()
+    path = next(name for name, found in base_model.named_modules() if found is decoder)
+    inside = f"{path}.{layer_list(decoder)[0]}.".removeprefix(".")
+    return int(module.removeprefix(inside).split(".")[0]) if module.startswith(inside) else None

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
+import torch
+from jaxtyping import Bool
 from torch import Tensor
 from transformers import Cache, GenerationConfig
 
 from moa.cached_route import check_route, is_filled, recall
+from moa.in_flight import can_route, routing_in_flight, starts_with_prompts
 from moa.packing import check_sequences, padded, sequence_of_tokens
 
 if TYPE_CHECKING:
@@ -17,8 +21,10 @@ if TYPE_CHECKING:
 
 def take_route(
     model: RoutedModel, input_ids: Tensor | None, attention_mask: Tensor | None, given: dict[str, Any]
-) -> None:
+) -> AbstractContextManager[None]:
     """Set what the layers read in this forward; it stays set, for gradient checkpointing runs them once more.
+
+    The forward must run inside the context that is returned, which may choose the experts on the way.
 
     Args:
         given: the forward's other arguments; `use_cache` is switched off for packed rows.
@@ -33,25 +39,35 @@ def take_route(
             check_sequences(state.token_rows, len(state.weights))
         if state.weights is not None and not state.off:
             check_route(cache, state.weights)
-        return
+        return nullcontext()
     state.broadcast, state.crossed = True, False
     if state.layer_router is not None:
         state.weights = None
     elif is_filled(cache) or input_ids is None:
         state.weights = _route_of(cache)
     else:
-        state.weights = _route_prompts(model, input_ids, attention_mask, given.get("labels"))
+        return _route_prompts(model, input_ids, attention_mask, given.get("labels"))
+    return nullcontext()
 
 
 def _route_prompts(
     model: RoutedModel, input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor | None
-) -> Tensor:
-    """On what `labels` marks -100, and each part of a packed row apart."""
+) -> AbstractContextManager[None]:
+    """On what `labels` marks -100, and each part of a packed row apart; in flight if that can be."""
     prompt_mask = None if labels is None else labels.eq(-100)
     if (sequences := model.route_state.token_rows) is not None:
         input_ids, attention_mask, prompt_mask = padded(input_ids, sequences, labels)
+    elif model.moa_router is not None and can_route(model):
+        held = _held(input_ids, attention_mask)
+        model.route_state.weights = None
+        return routing_in_flight(model, held if prompt_mask is None else held & prompt_mask)
     model.last_routing = model.route(input_ids, attention_mask, prompt_mask=prompt_mask)
-    return model.last_routing.weights
+    model.route_state.weights = model.last_routing.weights
+    return nullcontext()
+
+
+def _held(input_ids: Tensor, attention_mask: Tensor | None) -> Bool[Tensor, "batch tokens"]:
+    return torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
 
 
 def _route_of(cache: Cache | None) -> Tensor:
@@ -65,30 +81,54 @@ def _route_of(cache: Cache | None) -> Tensor:
     return weights
 
 
-def route_to_generate(model: RoutedModel, input_ids: Tensor | None, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of the route state for a generation: a row of weights for each row that `generate` makes of the prompts.
+@contextmanager
+def one_route(model: RoutedModel, input_ids: Tensor | None, given: Mapping[str, Any]) -> Iterator[None]:
+    """Keep one route for a generation inside the block: a row of weights for each row that it makes of the prompts.
 
     Raises:
         ValueError: see `RoutedModel.generate`.
     """
+    fields = {"token_rows": None, "steady": object()}
+    config = given.get("generation_config") or model.generation_config
+    rows = _rows_of_a_prompt(config, given)
+    if _routes_on_the_way(model, input_ids, config, given):
+        mask = _held(input_ids, given.get("attention_mask")).repeat_interleave(rows, dim=0)
+        with model.route_state.set(weights=None, pinned=True, **fields), routing_in_flight(model, mask):
+            yield
+        return
+    weights = _weights_to_generate(model, input_ids, given)
+    if weights is not None:
+        fields |= {"weights": weights.repeat_interleave(rows, dim=0), "pinned": True}
+    with model.route_state.set(**fields):
+        yield
+
+
+def _routes_on_the_way(
+    model: RoutedModel, input_ids: Tensor | None, config: GenerationConfig, given: Mapping[str, Any]
+) -> bool:
+    """Whether a generation has prompts to route, and its first forward can do it."""
+    state = model.route_state
+    if state.off or state.pinned or state.layer_router is not None or model.moa_router is None or input_ids is None:
+        return False
+    return not is_filled(given.get("past_key_values")) and starts_with_prompts(config, given) and can_route(model)
+
+
+def _weights_to_generate(model: RoutedModel, input_ids: Tensor | None, given: Mapping[str, Any]) -> Tensor | None:
+    """A row of weights for each prompt; None leaves what runs as it is."""
     state, cache = model.route_state, given.get("past_key_values")
     if state.off or (state.pinned and state.weights is None):
-        return {}
+        return None
     if state.pinned:
-        weights = state.weights
-        check_route(cache, weights)
-        if state.broadcast and len(weights) == 1:
-            return {}
-    elif state.layer_router is not None:
-        return {"weights": None}
-    elif is_filled(cache):
-        weights = _route_of(cache)
-    elif input_ids is None:
+        check_route(cache, state.weights)
+        return None if state.broadcast and len(state.weights) == 1 else state.weights
+    if state.layer_router is not None:
+        state.weights = None
+        return None
+    if is_filled(cache):
+        return _route_of(cache)
+    if input_ids is None:
         raise ValueError("generate routes on input_ids: got none, pass the tokenised prompts")
-    else:
-        weights = model.route(input_ids, given.get("attention_mask")).weights
-    rows = _rows_of_a_prompt(given.get("generation_config") or model.generation_config, given)
-    return {"weights": weights.repeat_interleave(rows, dim=0), "pinned": True}
+    return model.route(input_ids, given.get("attention_mask")).weights
 
 
 def _rows_of_a_prompt(config: GenerationConfig, asked: Mapping[str, Any]) -> int:

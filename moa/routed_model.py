@@ -21,9 +21,10 @@ from transformers import Cache, PreTrainedTokenizerBase
 from moa.arrow import ArrowRouter
 from moa.cached_route import forget, remember
 from moa.config import FALLBACK, MoaConfig, RouterConfig
+from moa.in_flight import reads_in_flight
 from moa.mixture import RouteState, refresh
 from moa.prefix import prompt_features
-from moa.prompt_route import route_to_generate, take_route
+from moa.prompt_route import one_route, take_route
 from moa.router import SequenceRouter, mean_pool
 from moa.router_checks import check_router, check_tokenizer, describe_router
 from moa.routing import Granularity, Routing, RoutingMode, check_granularity, fall_back, route_logits, route_names
@@ -46,6 +47,11 @@ class RoutedModel(PeftModelForCausalLM):
     route_state: RouteState
     last_routing: Routing | None = None
     last_task: Tensor | None = None
+
+    @property
+    def routes_in_flight(self) -> bool:
+        """Whether routing costs no prefix pass: every expert leaves what the router reads as it is."""
+        return reads_in_flight(self)
 
     @property
     def experts(self) -> tuple[str, ...]:
@@ -143,7 +149,19 @@ class RoutedModel(PeftModelForCausalLM):
                 "this mixture has no router: fit one with training/train_moa.py, or choose the experts yourself "
                 "with model.pinned([...]) or model.using(name)"
             )
-        pooled, config = self.features(input_ids, attention_mask, prompt_mask), self.moa_config
+        pooled = self.features(input_ids, attention_mask, prompt_mask)
+        return self.decide(pooled, routing=routing, top_k=top_k, abstain=abstain)
+
+    def decide(
+        self,
+        pooled: Float[Tensor, "batch hidden"],
+        *,
+        routing: RoutingMode | None = None,
+        top_k: int | None = None,
+        abstain: bool = True,
+    ) -> Routing:
+        """Weights of the experts for prompts whose `features` are there; arguments and errors as for `route`."""
+        config = self.moa_config
         logits = self.moa_router(pooled)
         floor = None if config.router.conformal is None else config.router.conformal.floor
         routed = route_logits(logits, routing or config.routing, config.top_k if top_k is None else top_k, floor)
@@ -258,11 +276,11 @@ class RoutedModel(PeftModelForCausalLM):
         if torch.compiler.is_compiling() and self.route_state.pinned:  # one graph; sizes are checked in the layers
             return super().forward(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
         self.last_routing, self.last_task = None, task
-        if not self._adapters_disabled:
-            take_route(self, input_ids, attention_mask, kwargs)
-        out = super().forward(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
-        if not self._adapters_disabled:
-            remember(getattr(out, "past_key_values", None), self.route_state)
+        if self._adapters_disabled:
+            return super().forward(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+        with take_route(self, input_ids, attention_mask, kwargs):
+            out = super().forward(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+        remember(getattr(out, "past_key_values", None), self.route_state)
         return out
 
     def generate(
@@ -282,11 +300,10 @@ class RoutedModel(PeftModelForCausalLM):
             with self._pinned_by_argument(adapter_names):
                 return self.generate(inputs, **kwargs)
         input_ids, cache = kwargs.pop("input_ids", inputs), kwargs.get("past_key_values")
-        state = self.route_state
         if self._adapters_disabled:
             return super().generate(input_ids=input_ids, **kwargs)
-        with state.set(**route_to_generate(self, input_ids, kwargs), token_rows=None, steady=object()):
+        with one_route(self, input_ids, kwargs):
             out = super().generate(input_ids=input_ids, **kwargs)
             for filled in (cache, getattr(out, "past_key_values", None)):
-                remember(filled, state)
+                remember(filled, self.route_state)
         return out

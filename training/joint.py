@@ -91,7 +91,7 @@ def _train(
         check_adapter_name(model, one.task.name)
     training = left[0][0].training
     trainer = JointTrainer(
-        add_adapters(model, {one.task.name: one.lora_config for one, _, _ in left}, training.seed),
+        add_adapters(model, {one.task.name: one.config_for(model) for one, _, _ in left}, training.seed),
         replace(training, output_dir=str(together.directory)),
         datasets={one.task.name: completion_dataset(examples) for one, _, examples in left},
         learning_rates={one.task.name: one.training.learning_rate for one, _, _ in left},

@@ -17,11 +17,13 @@ from moa.adapters import WEIGHTS_FILE, check_name
 from moa.attention import attention_of
 from moa.base_model import load_base_model, load_tokenizer
 from moa.precision import dtype_of
+from moa.prefix import layer_list
 from moa.tasks import Example, Task
 from moa.training.data import completion_dataset
 from moa.training.record import Run, settings_of, text_sha256
 from moa.training.trainer import LoraTrainer
 
+ALL_LINEAR = "all-linear"
 SHAPE = ("r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora")
 
 
@@ -33,11 +35,34 @@ class Wanted:
         task: whose rows it learns.
         lora_config: its shape; without `target_modules` the attention projections are adapted.
         training: TRL's settings; `output_dir` is the folder of all adapters.
+        first_layer: number of the first of the model's layers that it adapts.
     """
 
     task: Task
     lora_config: LoraConfig
     training: SFTConfig
+    first_layer: int = 0
+
+    def config_for(self, model: PreTrainedModel) -> LoraConfig:
+        """Its shape with the names and the layers of this model's modules that are adapted.
+
+        Raises:
+            ValueError: the model has no such layer, or no attention projections where no others are named.
+        """
+        config = copy.copy(self.lora_config)
+        if config.target_modules is None:
+            config.target_modules = attention_projections(model)
+        if self.first_layer:
+            blocks = layer_list(model.get_decoder())[1]
+            if not 0 < self.first_layer < len(blocks):
+                raise ValueError(
+                    f"--lora_first_layer {self.first_layer} is no layer of this model: it has 0 to {len(blocks) - 1}"
+                )
+            if config.target_modules == ALL_LINEAR:  # PEFT takes layers beside a list of names only
+                inside = blocks[self.first_layer].named_modules()
+                config.target_modules = {n.split(".")[-1] for n, m in inside if isinstance(m, torch.nn.Linear)}
+            config.layers_to_transform = list(range(self.first_layer, len(blocks)))
+        return config
 
 
 def train_adapter(wanted: Wanted, model_name: str, *, rows: Mapping[str, Any], computing: Mapping[str, str]) -> Path:
@@ -64,7 +89,7 @@ def train_adapter(wanted: Wanted, model_name: str, *, rows: Mapping[str, Any], c
         args=replace(training, output_dir=str(run.directory)),
         train_dataset=completion_dataset(examples),
         processing_class=load_tokenizer(model_name),
-        peft_config=_with_targets(wanted.lora_config, model),
+        peft_config=wanted.config_for(model),
     )
     result = trainer.train(resume_from_checkpoint=run.checkpoint)
     trainer.save_model()
@@ -87,7 +112,7 @@ def open_run(wanted: Wanted, model_name: str, rows: Mapping[str, Any]) -> tuple[
         {
             "base_model": model_name,
             "training": {**settings_of(training), "max_length": training.max_length, **_packing(training)},
-            "lora": {name: _plain(getattr(wanted.lora_config, name)) for name in SHAPE},
+            "lora": _shape(wanted),
             "rows": len(examples),
             "rows_sha256": text_sha256(example.prompt + example.answer for example in examples),
         },
@@ -101,7 +126,7 @@ def open_run(wanted: Wanted, model_name: str, rows: Mapping[str, Any]) -> tuple[
 
 def add_adapters(model: PreTrainedModel, configs: Mapping[str, LoraConfig], seed: int) -> PeftModel:
     """Put adapters on a base model, each with the first factors that it gets in a run of its own."""
-    (first, config), *others = [(name, _with_targets(config, model)) for name, config in configs.items()]
+    (first, config), *others = configs.items()
     set_seed(seed)
     adapted = get_peft_model(model, config, adapter_name=first)
     for name, config in others:
@@ -136,12 +161,9 @@ def attention_projections(model: PreTrainedModel) -> list[str]:
     return sorted(names)
 
 
-def _with_targets(config: LoraConfig, model: PreTrainedModel) -> LoraConfig:
-    if config.target_modules is not None:
-        return config
-    config = copy.copy(config)
-    config.target_modules = attention_projections(model)
-    return config
+def _shape(wanted: Wanted) -> dict[str, Any]:
+    shape = {name: _plain(getattr(wanted.lora_config, name)) for name in SHAPE}
+    return shape | ({"first_layer": wanted.first_layer} if wanted.first_layer else {})
 
 
 def _packing(training: SFTConfig) -> dict[str, str]:

@@ -57,6 +57,13 @@ class LoraArguments:
         default=None,
         metadata={"help": "modules to adapt, default the attention projections; all-linear for all"},
     )
+    lora_first_layer: int = field(
+        default=0,
+        metadata={
+            "help": "adapt this layer of the model and those after it; a mixture whose router reads no later than "
+            "there (its default is a quarter of the depth) routes at no extra cost"
+        },
+    )
     use_rslora: bool = field(default=False, metadata={"help": "scaling alpha / sqrt(rank) (Kalajdzievski 2023)"})
     num_processes: int | None = field(
         default=None, metadata={"help": "refuse to run with another number of processes"}
@@ -139,6 +146,7 @@ def adapters_wanted(lora: LoraArguments, training: LoraTrainingConfig) -> list[W
             task,
             lora_config(lora, ranks[task.name], alphas[task.name]),
             replace(training, learning_rate=rates[task.name]),
+            lora.lora_first_layer,
         )
         for task in tasks
     ]

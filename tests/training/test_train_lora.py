@@ -164,3 +164,16 @@ def test_two_processes_train_one_adapter_data_parallel(command, tmp_path):
     assert done.stdout.count("world size 2, strategy DDP (gloo), device cpu") == 1
     state = json.loads((tmp_path / "lora" / "sst2" / "checkpoint-2" / "trainer_state.json").read_text())
     assert state["epoch"] == pytest.approx(2 * 2 * 8 / 48, rel=0.1)  # two processes see twice the rows
+
+
+@pytest.mark.parametrize("more", [(), ("--lora_target_modules", "all-linear"), ("--joint",)])
+def test_an_adapter_may_leave_the_first_layers_as_they_are(command, tmp_path, more):
+    main(command("--lora_first_layer", "2", *more))
+    layers = {name.split(".layers.")[1].split(".")[0] for name in weights(tmp_path / "lora" / "sst2")}
+    assert layers == {"2", "3"}  # of four
+
+
+def test_a_first_layer_that_the_model_does_not_have_is_refused(command, refusal):
+    assert "--lora_first_layer 4 is no layer of this model: it has 0 to 3" in refusal(
+        main, command("--lora_first_layer", "4")
+    )

@@ -1,0 +1,79 @@
+"""Routing inside the forward that answers, at no extra cost: the layers before the router's are the base model's own.
+
+    layer:   0 ... k-1    nothing is adapted, in the prefix pass as in the answer
+             k            what enters here is read and pooled, and the experts are chosen
+             k ...        gated layers read the choice
+
+It takes experts that leave everything before layer k as it is (`--lora_first_layer`); else a prefix pass is needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor, nn
+
+from moa.prefix import block_of, depth, layer_list
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig
+
+    from moa.routed_model import RoutedModel
+
+NOT_THE_PROMPT_ALONE = ("prefill_chunk_size", "prompt_lookup_num_tokens", "assistant_early_exit")
+"""Options of a generation whose first forward may hold less than the prompt, or guesses beside it."""
+
+
+def reads_in_flight(model: RoutedModel) -> bool:
+    """Whether no adapter changes what the router reads."""
+    base, layer = model.get_base_model(), model.moa_config.router.layer
+    adapted = [name for name in model.route_state.layers if base.get_submodule(name).lora_A]
+    blocks = [block_of(base, name) for name in adapted]
+    return all(block is not None and block >= layer for block in blocks)
+
+
+def prefill_overhead(model: RoutedModel) -> float:
+    """The share of a prefill that routing adds: k / L for a prefix pass over k of L layers, nothing in flight."""
+    return 0.0 if reads_in_flight(model) else model.moa_config.router.layer / depth(model.get_base_model())
+
+
+def can_route(model: RoutedModel) -> bool:
+    """Whether this forward may route inside; a router that learns needs gradients, which a recompute would lose."""
+    learns = torch.is_grad_enabled() and any(one.requires_grad for one in model.moa_router.parameters())
+    return not learns and not torch.compiler.is_compiling() and reads_in_flight(model)
+
+
+def starts_with_prompts(config: GenerationConfig, asked: Mapping[str, Any]) -> bool:
+    """Whether the first forward of a generation sees the prompts, whole and alone."""
+    if any(asked.get(name) is not None for name in ("assistant_model", "custom_generate")):
+        return False
+    return not any(asked.get(name) or getattr(config, name, None) for name in NOT_THE_PROMPT_ALONE)
+
+
+@contextmanager
+def routing_in_flight(model: RoutedModel, mask: Bool[Tensor, "batch tokens"]) -> Iterator[None]:
+    """Choose the experts when the first forward inside this block reaches the router's layer.
+
+    Args:
+        mask: the prompts' tokens.
+    """
+
+    @torch.no_grad()
+    def choose(_block: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+        states = inputs[0] if inputs else named["hidden_states"]
+        model.last_routing = model.decide(model.moa_router.pool(states, mask.to(states.device)))
+        model.route_state.weights = model.last_routing.weights
+        hook.remove()
+
+    decoder = model.get_base_model().get_decoder()
+    _, blocks = layer_list(decoder)
+    # gone before gradient checkpointing recomputes the block, which finds the choice where it was put
+    hook = blocks[model.moa_config.router.layer].register_forward_pre_hook(choose, with_kwargs=True)
+    try:
+        yield
+    finally:
+        hook.remove()
