@@ -100,7 +100,7 @@ def mixture_system(model: MoaModel) -> System:
         "soft": "all mixed",
         "conformal": "likely ones mixed",
     }[config.routing]
-    router = f"{config.sha256[ROUTER_NAME]} {config.router.layer} {config.router.pooling}"
+    router = f"{config.sha256[ROUTER_NAME]} {config.router.layer} {config.router.pooling} {config.granularity}"
     rule = f"{config.routing} {config.top_k} {config.router.conformal}"
     doubt = f"{config.router.abstention} {config.sha256[WEIGHTS_FILE]}"
     fingerprint = f"{experts_fingerprint(model)} {router} {rule} {doubt}"

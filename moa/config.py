@@ -29,6 +29,7 @@ class RouterConfig:
 
     Attributes:
         layer: it reads the hidden state entering this layer; None means a quarter of the depth.
+        depths: other layers that routers of their own read, where each layer follows the nearest before it.
         pooling: over the prompt's tokens: `mean`, `last` or `attention`.
         head: `centroid`, `linear` or `mlp`.
         hidden_units: width of the hidden layer of `mlp`.
@@ -46,6 +47,7 @@ class RouterConfig:
     """
 
     layer: int | None = None
+    depths: list[int] = field(default_factory=list)
     pooling: Pooling = "mean"
     head: Head = "linear"
     hidden_units: int | None = None
@@ -89,7 +91,8 @@ class MoaConfig:
         routing: `hard` (the best expert), `top_k` (the `top_k` best, mixed), `soft` (all, mixed), or `conformal` (the
             likely ones, mixed; see `RouterConfig.conformal`).
         top_k: how many experts `top_k` mixes, and each token at each layer where granularity is `token`.
-        granularity: `sequence`, by the router, or `token`, by Arrow; see `MoaModel.set_granularity`.
+        granularity: `sequence`, by the router; `layer`, by routers at several depths; or `token`, by Arrow; see
+            `MoaModel.set_granularity`.
         fallback: how the adapter at the root of the saved folder was made; None until it is.
         check_base: False where the adapters name other base models than this one, and that was accepted.
         sha256: checksum of each saved file, by its path in the folder.

@@ -70,7 +70,8 @@ def add_expert(
         check_growable(router)
         pooled, *judged = pooled_prompts(model, tokenizer, examples, *held_out.values())
         before = _accuracies(router, held_out, judged, model.experts)
-        grown, fitted = with_expert(router, pooled), _widened(router, fitted, pooled)
+        at_depths = {d: pooled_prompts(model, tokenizer, examples, layer=int(d))[0] for d in router.others}
+        grown, fitted = with_expert(router, pooled, at_depths), _widened(router, fitted, pooled)
         own = torch.cat([one(rest).argmax(dim=-1) for one, rest in folds(router, pooled)]) == len(model.experts)
         after = {name: float(own.float().mean())} | _accuracies(grown, held_out, judged, (*model.experts, name))
     model.load_adapter(adapter.path, name)
@@ -106,7 +107,7 @@ def remove_expert(
 def _check_change(model: MoaModel, held_out: Iterable[str], experts: Sequence[str]) -> None:
     if model.route_state.pinned:
         raise ValueError("experts come and go outside of model.pinned, using and using_base: leave the block first")
-    if model.route_state.layer_router is not None and model.moa_config.granularity == "sequence":
+    if model.route_state.layer_router is not None and model.moa_config.granularity != "token":
         raise ValueError(
             "a layer router knows the experts that there are: set model.route_state.layer_router = None, change the "
             "experts, and make a new one"
@@ -171,9 +172,9 @@ def _widened(router: SequenceRouter, fitted: RouterConfig, pooled: Float[Tensor,
 
 
 def pooled_prompts(
-    model: MoaModel, tokenizer: PreTrainedTokenizerBase | None, *of_experts: Prompts
+    model: MoaModel, tokenizer: PreTrainedTokenizerBase | None, *of_experts: Prompts, layer: int | None = None
 ) -> list[Float[Tensor, "prompts hidden"]]:
-    """What the router reads of some prompts of each expert: one pass through the first layers."""
+    """What the router, or the one at another depth, reads of some prompts of each expert: one prefix pass."""
     if not any(of_experts):
         return [torch.empty(0) for _ in of_experts]
     tokenizer = tokenizer or load_tokenizer(model.moa_config.base_model)
@@ -184,7 +185,7 @@ def pooled_prompts(
     for start in track(starts, description=f"reading {len(texts)} prompts", transient=True):
         batch = tokenizer(texts[start : start + BATCH], return_tensors="pt", padding=True).to(model.device)
         with torch.no_grad():
-            pooled.append(model.features(batch["input_ids"], batch["attention_mask"]))
+            pooled.append(model.features(batch["input_ids"], batch["attention_mask"], layer=layer))
     return list(torch.cat(pooled).split([len(prompts) for prompts in of_experts]))
 
 

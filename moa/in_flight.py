@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
 
+from moa.depths import deepest
 from moa.prefix import block_of, depth, layer_list
 
 if TYPE_CHECKING:
@@ -29,8 +30,10 @@ NOT_THE_PROMPT_ALONE = ("prefill_chunk_size", "prompt_lookup_num_tokens", "assis
 
 
 def reads_in_flight(model: RoutedModel) -> bool:
-    """Whether no adapter changes what the router reads."""
+    """Whether one router decides for all layers, and no adapter changes what it reads."""
     base, layer = model.get_base_model(), model.moa_config.router.layer
+    if model.moa_config.granularity == "layer":
+        return False
     adapted = [name for name in model.route_state.layers if base.get_submodule(name).lora_A]
     blocks = [block_of(base, name) for name in adapted]
     return all(block is not None and block >= layer for block in blocks)
@@ -38,7 +41,7 @@ def reads_in_flight(model: RoutedModel) -> bool:
 
 def prefill_overhead(model: RoutedModel) -> float:
     """The share of a prefill that routing adds: k / L for a prefix pass over k of L layers, nothing in flight."""
-    return 0.0 if reads_in_flight(model) else model.moa_config.router.layer / depth(model.get_base_model())
+    return 0.0 if reads_in_flight(model) else deepest(model) / depth(model.get_base_model())
 
 
 def can_route(model: RoutedModel) -> bool:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-
-from moa.router import mean_pool
 
 
 def default_layer(base_model: PreTrainedModel) -> int:
@@ -31,25 +29,24 @@ def depth(base_model: PreTrainedModel) -> int:
 
 def prompt_features(
     base_model: PreTrainedModel,
-    layer: int,
+    pools: Mapping[int, Callable[[Tensor, Tensor], Tensor]],
     input_ids: Int[Tensor, "batch tokens"],
     attention_mask: Int[Tensor, "batch tokens"],
     prompt_mask: Bool[Tensor, "batch tokens"] | None = None,
-    pool: Callable[[Tensor, Tensor], Tensor] = mean_pool,
-) -> Float[Tensor, "batch hidden"]:
-    """Hidden state entering `layer`, pooled over the prompt's tokens; costs `layer / depth` of a prefill.
+) -> dict[int, Float[Tensor, "batch hidden"]]:
+    """Hidden states entering some layers, pooled over the prompt's tokens; costs `layer / depth` of a prefill.
 
     Args:
+        pools: for each layer, what makes one feature of a prompt from the states of its tokens and their mask.
         prompt_mask: which tokens are the prompt; None means all that are not padding. The answer must stay out.
-        pool: makes one feature of a prompt from the states of its tokens, given them and their mask.
 
     Raises:
-        ValueError: `layer` is not a layer of this model, or a sequence has no prompt token.
+        ValueError: no such layer in this model, or a sequence without a prompt token.
     """
     attention_mask = attention_mask.to(input_ids.device)
-    (states,) = prompt_states(base_model, [layer], input_ids, attention_mask)
+    states = prompt_states(base_model, list(pools), input_ids, attention_mask)
     mask = attention_mask.bool() if prompt_mask is None else prompt_mask & attention_mask.bool()
-    return pool(states, mask)
+    return {layer: pool(one, mask) for one, (layer, pool) in zip(states, pools.items(), strict=True)}
 
 
 def check_layer(base_model: PreTrainedModel, layer: int) -> None:

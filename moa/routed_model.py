@@ -21,6 +21,7 @@ from transformers import Cache, PreTrainedTokenizerBase
 from moa.arrow import ArrowRouter
 from moa.cached_route import forget, remember
 from moa.config import FALLBACK, MoaConfig, RouterConfig
+from moa.depths import check_depths, router_of_layers, routers_of, spread
 from moa.in_flight import reads_in_flight
 from moa.mixture import RouteState, refresh
 from moa.prefix import prompt_features
@@ -78,16 +79,20 @@ class RoutedModel(PeftModelForCausalLM):
         self.moa_config.router = fitted
 
     def set_granularity(self, granularity: Granularity) -> None:
-        """Route each prompt (`sequence`), by the router, or each token at each layer (`token`), by Arrow.
+        """Route each prompt, by the router (`sequence`) or by one at each of several depths (`layer`), or each token
+        at each layer (`token`), by Arrow.
 
         Arrow needs no router and no training: it mixes the `moa_config.top_k` experts whose updates read a token most,
         see `moa.arrow`. It takes the adapters as they are at this call; call it again when they change.
 
         Raises:
-            ValueError: another granularity, or `token` with a DoRA expert, which cannot be mixed.
+            ValueError: another granularity, `layer` without routers at several depths, or `token` with a DoRA expert,
+                which cannot be mixed.
         """
         check_granularity(granularity)
         arrow = None
+        if granularity == "layer":
+            check_depths(self.moa_router)
         if granularity == "token":
             arrow = ArrowRouter(self.get_base_model(), self.experts, top_k=self.moa_config.top_k)
         self.route_state.layer_router = arrow
@@ -107,19 +112,21 @@ class RoutedModel(PeftModelForCausalLM):
         input_ids: Int[Tensor, "batch tokens"],
         attention_mask: Int[Tensor, "batch tokens"] | None = None,
         prompt_mask: Tensor | None = None,
+        *,
+        layer: int | None = None,
     ) -> Float[Tensor, "batch hidden"]:
-        """What the router reads: the base model's pooled hidden state entering `moa_config.router.layer`."""
+        """What the router reads: the base model's pooled hidden state entering `moa_config.router.layer`.
+
+        Args:
+            layer: instead, what the router at this other depth reads.
+        """
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
+        router = self.moa_router if layer is None else self.moa_router.others[str(layer)]
+        layer, pool = layer or self.moa_config.router.layer, mean_pool if router is None else router.pool
         with self.route_state.set(off=True):
-            return prompt_features(
-                self.get_base_model(),
-                self.moa_config.router.layer,
-                input_ids,
-                attention_mask,
-                prompt_mask,
-                mean_pool if self.moa_router is None else self.moa_router.pool,
-            )
+            base = self.get_base_model()
+            return prompt_features(base, {layer: pool}, input_ids, attention_mask, prompt_mask)[layer]
 
     def route(
         self,
@@ -149,20 +156,34 @@ class RoutedModel(PeftModelForCausalLM):
                 "this mixture has no router: fit one with training/train_moa.py, or choose the experts yourself "
                 "with model.pinned([...]) or model.using(name)"
             )
-        pooled = self.features(input_ids, attention_mask, prompt_mask)
-        return self.decide(pooled, routing=routing, top_k=top_k, abstain=abstain)
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        routers, base = routers_of(self), self.get_base_model()
+        with self.route_state.set(off=True):
+            pools = {layer: router.pool for layer, router in routers.items()}
+            pooled = prompt_features(base, pools, input_ids, attention_mask, prompt_mask)
+        decided = {"routing": routing, "top_k": top_k}
+        routed = self.decide(pooled[self.moa_config.router.layer], **decided, abstain=abstain)
+        if len(routers) == 1:
+            return routed
+        at_depths = {
+            layer: self.decide(pooled[layer], router=router, **decided, abstain=False).weights
+            for layer, router in routers.items()
+        }
+        return spread(routed, at_depths, router_of_layers(base, self.route_state.layers, list(routers)))
 
     def decide(
         self,
         pooled: Float[Tensor, "batch hidden"],
         *,
+        router: SequenceRouter | None = None,
         routing: RoutingMode | None = None,
         top_k: int | None = None,
         abstain: bool = True,
     ) -> Routing:
-        """Weights of the experts for prompts whose `features` are there; arguments and errors as for `route`."""
+        """Weights of the experts for prompts whose features are there; arguments and errors as for `route`."""
         config = self.moa_config
-        logits = self.moa_router(pooled)
+        logits = (router or self.moa_router)(pooled)
         floor = None if config.router.conformal is None else config.router.conformal.floor
         routed = route_logits(logits, routing or config.routing, config.top_k if top_k is None else top_k, floor)
         return self._without_strangers(routed, pooled) if abstain and not self.training else routed

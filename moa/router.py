@@ -37,6 +37,7 @@ class SequenceRouter(nn.Module):
         clusters: expert of each of the head's outputs, where several outputs share one; None: each has its own.
 
     Attributes:
+        others: routers at other depths, by the layer that they read; see `moa.depths`.
         detector: scores how unlike the training prompts a pooled prompt is; None where nobody fitted one.
 
     Raises:
@@ -68,6 +69,7 @@ class SequenceRouter(nn.Module):
         self.register_buffer("mean", torch.zeros(hidden_size))
         self.register_buffer("std", torch.ones(hidden_size))
         self.register_buffer("temperature", torch.ones(()))
+        self.others = nn.ModuleDict()
         self.detector = None
 
     def forward(
@@ -107,6 +109,7 @@ class SequenceRouter(nn.Module):
         folded = copy.deepcopy(self)
         folded.clusters = [clusters[expert] for expert in self.clusters or range(self.num_experts)]
         folded.num_experts = max(clusters) + 1
+        folded.others = nn.ModuleDict({depth: other.folded(clusters) for depth, other in self.others.items()})
         return folded
 
     def pool(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from moa.config import Objective, RouterConfig
+from moa.depths import check_depths
 from moa.fingerprint import chat_template_sha256, tokenizer_sha256, weights_sha256
 from moa.router import SequenceRouter
 
@@ -25,6 +26,7 @@ def describe_router(
     """The description of a router that is for this model, and for this tokenizer if it is given."""
     return RouterConfig(
         layer=layer,
+        depths=sorted(int(depth) for depth in router.others),
         pooling=router.pooling,
         head=router.head_kind,
         hidden_units=router.hidden_units,
@@ -50,6 +52,8 @@ def check_router(model: RoutedModel, router: SequenceRouter, fitted: RouterConfi
             f"the router has {router.num_experts} outputs, the mixture {len(model.experts)} experts "
             f"({', '.join(model.experts)}): fit a router for these experts"
         )
+    if model.moa_config.granularity == "layer":
+        check_depths(router)
     width = model.get_base_model().config.get_text_config().hidden_size
     if router.hidden_size != width:
         raise ValueError(

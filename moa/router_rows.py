@@ -13,7 +13,8 @@ trained head differs from discriminants in scale, hence a: by least squares over
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 
 import torch
 from jaxtyping import Float
@@ -25,8 +26,16 @@ from moa.strangeness import Mahalanobis
 FOLDS = 5  # of a new expert's prompts: each is judged by a row made of the others
 
 
-def with_expert(router: SequenceRouter, pooled: Float[Tensor, "prompts hidden"]) -> SequenceRouter:
-    """The router with one expert more, last, whose prompts have these features; temperature and other rows stay."""
+def with_expert(
+    router: SequenceRouter,
+    pooled: Float[Tensor, "prompts hidden"],
+    at_depths: Mapping[str, Float[Tensor, "prompts hidden"]] = MappingProxyType({}),
+) -> SequenceRouter:
+    """The router with one expert more, last, whose prompts have these features; temperature and other rows stay.
+
+    Args:
+        at_depths: what each of the router's `others` reads of the prompts.
+    """
     mean = router.standardised(pooled).mean(dim=0)
     weight, bias = _row(router, mean)
     grown = copy.deepcopy(router)
@@ -34,6 +43,7 @@ def with_expert(router: SequenceRouter, pooled: Float[Tensor, "prompts hidden"])
     if router.clusters is not None:
         grown.clusters = [*router.clusters, router.num_experts]
     grown.num_experts += 1
+    grown.others = nn.ModuleDict({depth: with_expert(router.others[depth], at) for depth, at in at_depths.items()})
     if router.detector is not None:
         grown.detector = _with_means(router.detector, torch.vstack([router.detector.means, mean]))
     return grown
@@ -53,6 +63,7 @@ def without_expert(router: SequenceRouter, index: int) -> SequenceRouter:
     if router.clusters is not None:
         shrunk.clusters = [of_rows[row] - (of_rows[row] > index) for row in kept]
     shrunk.num_experts -= 1
+    shrunk.others = nn.ModuleDict({depth: without_expert(other, index) for depth, other in router.others.items()})
     if router.detector is not None:
         shrunk.detector = _with_means(router.detector, router.detector.means[kept])
     return shrunk

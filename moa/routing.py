@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 RoutingMode = Literal["hard", "top_k", "soft", "conformal"]
-Granularity = Literal["sequence", "token"]
+Granularity = Literal["sequence", "layer", "token"]
 
 EXPERT, MERGED, BASE = range(3)
 """What runs a sequence: experts; the merged adapter, where it is too strange for them; or the base model."""
@@ -22,15 +22,15 @@ class Routing:
     """The experts' weights for each sequence of a batch.
 
     Attributes:
-        weights: `[batch, experts]`, each row sums to one. A column more is the merged adapter's, and a row of zeros
-            runs the base model.
+        weights: `[batch, experts]`, or `[batch, layers, experts]` where layers differ; each row sums to one. A column
+            more is the merged adapter's, and a row of zeros runs the base model.
         logits: `[batch, experts]`, the router's calibrated scores; None where nobody was asked (the caller named
             the experts).
         strangeness: `[batch]`, how unlike the experts' own prompts each is; None where nobody looked.
         fallback: `[batch]`, `EXPERT`, `MERGED` or `BASE`; None where nobody looked.
     """
 
-    weights: Float[Tensor, "batch columns"]
+    weights: Float[Tensor, "batch *layers columns"]
     logits: Float[Tensor, "batch experts"] | None = None
     strangeness: Float[Tensor, " batch"] | None = None
     fallback: Int[Tensor, " batch"] | None = None

@@ -180,9 +180,10 @@ def load_mixture(
     model.moa_config = config
     model.load_adapter(str(directory), FALLBACK)
     model.requires_grad_(False)
-    model.set_granularity(config.granularity)
-    if router and ROUTER_NAME in config.sha256:
+    routed = router and ROUTER_NAME in config.sha256
+    if routed:
         model.set_router(_read_router(directory / ROUTER_NAME, config), config.router, check_base=check_base)
+    model.set_granularity(config.granularity if routed or config.granularity == "token" else "sequence")
     return model.eval()
 
 
@@ -229,15 +230,21 @@ def _read_router(file: Path, config: MoaConfig) -> SequenceRouter:
     described = config.router
     if described.hidden_size is None:
         raise ValueError(f"{file} is a router, and {CONFIG_NAME} describes none: save or download the mixture again")
-    router = SequenceRouter(
-        described.hidden_size,
-        len(config.experts),
-        pooling=described.pooling,
-        head=described.head,
-        hidden_units=described.hidden_units,
-        clusters=described.clusters,
+    router, *others = (
+        SequenceRouter(
+            described.hidden_size,
+            len(config.experts),
+            pooling=described.pooling,
+            head=described.head,
+            hidden_units=described.hidden_units,
+            clusters=described.clusters,
+        )
+        for _ in range(1 + len(described.depths))
     )
     router.detector = empty_detector(state)
+    for depth, other in zip(described.depths, others, strict=True):
+        other.detector = empty_detector(state, f"others.{depth}.")
+        router.others[str(depth)] = other
     try:
         router.load_state_dict(state)
     except RuntimeError as error:

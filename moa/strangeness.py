@@ -133,9 +133,9 @@ def fit_mahalanobis(
     return detector
 
 
-def empty_detector(state: Mapping[str, Tensor]) -> Mahalanobis | None:
+def empty_detector(state: Mapping[str, Tensor], prefix: str = "") -> Mahalanobis | None:
     """A detector of the shape that a saved router's state has, to load it into; None where it has none."""
-    means, directions = (state.get(f"detector.{name}") for name in ("means", "directions"))
+    means, directions = (state.get(f"{prefix}detector.{name}") for name in ("means", "directions"))
     if means is None or directions is None or means.dim() != 2:
         return None
     return Mahalanobis(*means.shape, rank=len(directions))

@@ -162,7 +162,9 @@ def _fit_and_save(fit: RouterFit, run: Run, folder: Path) -> None:
     if not fit.training.should_save:
         return
     model = fit.model
+    model.set_granularity("sequence")
     model.set_router(fitted.router, fitted.config)
+    model.set_granularity(fit.choices.granularity)
     config = model.moa_config
     # an earlier router's scores are not this one's
     config.scores = {name: score for name, score in config.scores.items() if not name.startswith("moa")}

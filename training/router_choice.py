@@ -106,6 +106,19 @@ def compare(
 
     Once one is `unbeatable` the others, which cost more, are left out.
     """
+    judged = []
+    for candidate in track(sorted(candidates, key=_cost), description="comparing routers", transient=True):
+        router = quietly_fitted(candidate, seen, hidden_units, training)
+        judged.append(judge(candidate, router, unseen))
+        if unbeatable(judged[-1]):
+            break
+    return judged
+
+
+def quietly_fitted(
+    candidate: Candidate, seen: Split, hidden_units: int, training: TrainingArguments
+) -> SequenceRouter:
+    """The candidate after its training, without checkpoints and logs; not calibrated."""
     quiet = replace(
         training,
         save_strategy="no",
@@ -115,18 +128,13 @@ def compare(
         disable_tqdm=True,
         load_best_model_at_end=False,
     )
-    judged = []
-    for candidate in track(sorted(candidates, key=_cost), description="comparing routers", transient=True):
-        router = new_router(candidate, seen, hidden_units, training.seed)
-        if candidate.head != "centroid":
-            dataset = seen.dataset(candidate.layer, candidate.pooling)
-            trainer = RouterTrainer(model=router, args=quiet, train_dataset=dataset)
-            trainer.remove_callback(PrinterCallback)
-            trainer.train()
-        judged.append(judge(candidate, router.cpu(), unseen))
-        if unbeatable(judged[-1]):
-            break
-    return judged
+    router = new_router(candidate, seen, hidden_units, training.seed)
+    if candidate.head != "centroid":
+        dataset = seen.dataset(candidate.layer, candidate.pooling)
+        trainer = RouterTrainer(model=router, args=quiet, train_dataset=dataset)
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+    return router.cpu()
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
@@ -25,7 +25,17 @@ from moa.tasks import Example
 from moa.training.adapter_losses import losses_of_experts
 from moa.training.label_noise import LabelNoise, find_label_noise
 from moa.training.prompt_features import PromptFeatures
-from moa.training.router_choice import Candidate, Judged, Split, best_of, compare, judge, new_router, unbeatable
+from moa.training.router_choice import (
+    Candidate,
+    Judged,
+    Split,
+    best_of,
+    compare,
+    judge,
+    new_router,
+    quietly_fitted,
+    unbeatable,
+)
 from moa.training.router_doubt import Strangeness, with_doubt
 from moa.training.router_options import RouterChoices
 from moa.training.router_trainer import RouterTrainer
@@ -43,6 +53,7 @@ class FittedRouter:
         config: what it reads and is for.
         judged: on the held-out prompts that also chose it.
         compared: all that it was chosen from.
+        depths: the routers at other depths, where layers are routed apart.
         labels: index of the expert whose prompt each held-out one is.
         losses: of each expert's answer to each held-out example, where the objective asked for them.
         noise: which training prompts look mislabelled.
@@ -53,6 +64,7 @@ class FittedRouter:
     config: RouterConfig
     judged: Judged
     compared: list[Judged]
+    depths: list[Judged]
     labels: Int[Tensor, " prompts"]
     losses: Float[Tensor, "prompts experts"] | None
     noise: LabelNoise
@@ -125,10 +137,37 @@ class RouterFit:
         objective, layer, names = self.choices.objective, chosen.layer, self.model.experts
         seen, unseen = (split.pooled(router, layer) for split in (self.seen, self.unseen))
         router.detector = fit_mahalanobis(router.standardised(seen), self.labels[0], len(names))
+        others = self._others(chosen) if self.choices.granularity == "layer" else []
+        router.others = nn.ModuleDict({str(one.candidate.layer): other for one, other in others})
         config = describe_router(self.model, router, layer, objective=objective, tokenizer=self.tokenizer)
         config, strangeness = with_doubt(router, config, unseen, self.unseen.targets, self.labels[1], self.choices)
         noise = find_label_noise(seen, self.labels[0], names, seed=self.training.seed)
-        return FittedRouter(router, config, judged, compared, self.labels[1], self.losses[1], noise, strangeness)
+        depths = [one for one, _ in others]
+        return FittedRouter(
+            router, config, judged, compared, depths, self.labels[1], self.losses[1], noise, strangeness
+        )
+
+    def _others(self, chosen: Candidate) -> list[tuple[Judged, SequenceRouter]]:
+        """The routers of the other depths: like the chosen one, each fitted to the targets and calibrated."""
+        fitted = []
+        for layer in self.layers:
+            if layer == chosen.layer:
+                continue
+            if chosen.pooling == "attention":
+                self._read_tokens(layer)
+            candidate = replace(chosen, layer=layer)
+            router = quietly_fitted(candidate, self.seen, self.choices.hidden_units, self.training)
+            judged = judge(candidate, router, self.unseen)
+            seen = router.standardised(self.seen.pooled(router, layer))
+            router.detector = fit_mahalanobis(seen, self.labels[0], len(self.model.experts))
+            fitted.append((judged, router))
+        return fitted
+
+    def _read_tokens(self, layer: int) -> None:
+        """The states of all tokens at a layer, which attention learns to pool."""
+        with self.training.main_process_first(desc="states of the prompts' tokens"), self.model.using_base():
+            for split in (self.seen, self.unseen):
+                split.features.states(layer)
 
     def _compare(self) -> list[Judged]:
         """All heads over all layers and fixed poolings; then attention, at the layer that was best, if it is asked.
@@ -143,9 +182,7 @@ class RouterFit:
         if not learned or (fixed and unbeatable(best_of(compared))):
             return compared
         layer = best_of(compared).candidate.layer
-        with self.training.main_process_first(desc="states of the prompts' tokens"), self.model.using_base():
-            for split in (self.seen, self.unseen):
-                split.features.states(layer)
+        self._read_tokens(layer)
         with_attention = self._judge(product([layer], ["attention"], trained))
         return [*compared, *with_attention] if fixed else with_attention
 

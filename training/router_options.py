@@ -10,6 +10,7 @@ from transformers import TrainingArguments
 
 from moa.config import Objective
 from moa.router import Head, Pooling
+from moa.routing import Granularity
 from moa.strangeness import Score
 
 NO_SCORE = "none"
@@ -32,6 +33,13 @@ class RouterChoices:
         metadata={"help": "compare these heads: centroid, linear, mlp"},
     )
     hidden_units: int = field(default=64, metadata={"help": "width of the hidden layer of mlp"})
+    granularity: str = field(
+        default="sequence",
+        metadata={
+            "help": "sequence: one route for a prompt; layer: a router at each of --layers, for the layers from there "
+            "to the next; token: each token at each layer by Arrow, which has nothing to fit"
+        },
+    )
     objective: str = field(
         default="task",
         metadata={
@@ -63,6 +71,7 @@ class RouterChoices:
         for option, given, known in (
             ("poolings", self.poolings, get_args(Pooling)),
             ("heads", self.heads, get_args(Head)),
+            ("granularity", [self.granularity], get_args(Granularity)),
             ("objective", [self.objective], get_args(Objective)),
             ("ood", [self.ood], (*get_args(Score), NO_SCORE)),
         ):
@@ -75,6 +84,8 @@ class RouterChoices:
         for option in ("ood_rate", "coverage"):
             if not 0 < getattr(self, option) < 1:
                 raise ValueError(f"--{option} must lie between 0 and 1, got {getattr(self, option)}")
+        if self.granularity == "layer" and self.layers is not None and len(set(self.layers)) < 2:
+            raise ValueError("--granularity layer puts routers at several depths: name two layers or more in --layers")
         if self.objective == "language_model" and self.heads == ["centroid"]:
             raise ValueError("--heads centroid has nothing that --objective language_model could train: add linear")
         if self.poolings == ["attention"] and self.heads == ["centroid"]:

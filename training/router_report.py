@@ -30,6 +30,7 @@ def report(fitted: FittedRouter, experts: Sequence[str]) -> dict[str, Any]:
         "temperature": judged.temperature,
         "experts": {name: _share(judged.right[fitted.labels == place]) for place, name in enumerate(experts)},
         "compared": [asdict(one.candidate) | {"accuracy": one.accuracy, "nll": one.nll} for one in fitted.compared],
+        "depths": [asdict(one.candidate) | {"accuracy": one.accuracy, "nll": one.nll} for one in fitted.depths],
         "label_noise": {
             "share": noise.share,
             "checked": noise.checked,
@@ -66,7 +67,11 @@ def show_report(found: Mapping[str, Any], console: Console) -> None:
 
 def remarks(found: Mapping[str, Any]) -> list[str]:
     """What rests on little, and which labels look wrong, each as one sentence."""
-    noise, sentences = found["label_noise"], []
+    noise = found["label_noise"]
+    sentences = [
+        f"the layers from {one['layer']} on have a router of their own: accuracy {one['accuracy']:.3f}"
+        for one in found["depths"]
+    ]
     if noise["suspects"]:
         each = ", ".join(f"{name} {len(places)}" for name, places in noise["suspects"].items())
         sentences.append(

@@ -345,3 +345,36 @@ def test_thresholds_for_what_a_task_left_out_would_look_like():
 )
 def test_impossible_doubts_are_refused(command, refusal, words, said):
     assert said in refusal(main, command(*words))
+
+
+def test_layers_may_be_routed_apart(command, mixture, tokenizer, base_folder):
+    main(command("--granularity", "layer", "--layers", "1", "2", "3", "--poolings", "mean", "--heads", "linear"))
+    model = MoaModel.from_pretrained(str(base_folder), mixture)
+    found = reported(mixture)
+    depths = {one["layer"] for one in found["depths"]}
+    assert depths == {1, 2, 3} - {found["chosen"]["layer"]} == set(model.moa_config.router.depths)
+    weights = model.route(**tokenized(model, "a red cat sat")).weights
+    assert weights.shape == (1, len(model.route_state.layers), len(NAMES))
+    for one in found["depths"]:  # each is as good as it says, on the prompts that it says so of
+        prompts = [
+            (place, example.prompt)
+            for place, name in enumerate(NAMES)
+            for example in load_task(name).examples("validation", source="pocket", limit=8)
+        ]
+        batch = tokenizer([prompt for _, prompt in prompts], return_tensors="pt", padding=True)
+        with torch.no_grad():
+            features = model.features(batch["input_ids"], batch["attention_mask"], layer=one["layer"])
+            chosen = model.moa_router.others[str(one["layer"])](features).argmax(dim=-1)
+        right = chosen == torch.tensor([place for place, _ in prompts])
+        assert one["accuracy"] == pytest.approx(right.float().mean().item(), abs=1e-6)
+
+
+def test_a_refit_may_go_back_to_one_route_for_all_layers(command, mixture, base_folder):
+    main(command("--granularity", "layer", "--layers", "1", "2", "--poolings", "mean", "--heads", "linear"))
+    main(command(*ONE, "--overwrite", "true"))
+    model = MoaModel.from_pretrained(str(base_folder), mixture)
+    assert model.moa_config.granularity == "sequence" and model.moa_config.router.depths == []
+
+
+def test_several_depths_need_several_layers(command, refusal):
+    assert "name two layers or more in --layers" in refusal(main, command("--granularity", "layer", "--layers", "2"))

@@ -1,0 +1,70 @@
+"""Granularity `layer`: routers at several depths, each of which decides for the adapted layers from its own on.
+
+    depths 4, 15 of 30:   layers 0 ... 14 follow the router that reads what enters layer 4, layers 15 ... the other
+
+All read the base model's hidden states in one pass to the deepest of them. One is the mixture's router, to which
+calibration, strangeness and reports belong; the others live inside it (`SequenceRouter.others`). With soft weights
+this is how SMEAR routes (Muqeeth et al. 2023, arXiv:2306.03745), but on states that no expert has changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from moa.prefix import block_of
+from moa.router import SequenceRouter
+from moa.routing import EXPERT, Routing
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from moa.routed_model import RoutedModel
+
+
+def routers_of(model: RoutedModel) -> dict[int, SequenceRouter]:
+    """The router of each depth, the shallowest first; only the mixture's own where it does not route by layer."""
+    router, layer = model.moa_router, model.moa_config.router.layer
+    if model.moa_config.granularity != "layer":
+        return {layer: router}
+    return dict(sorted({layer: router, **{int(depth): other for depth, other in router.others.items()}}.items()))
+
+
+def deepest(model: RoutedModel) -> int:
+    """Up to which layer of the base model a route must be read."""
+    return max(routers_of(model)) if model.moa_router is not None else model.moa_config.router.layer
+
+
+def check_depths(router: SequenceRouter | None) -> None:
+    """Refuse to route by layer with a router of one depth."""
+    if router is None or not router.others:
+        what = "no router" if router is None else "a router at one depth only"
+        raise ValueError(
+            f"granularity 'layer' needs routers at several depths, and this mixture has {what}: "
+            "fit them with 'moa fit-router --granularity layer'"
+        )
+
+
+def router_of_layers(base: PreTrainedModel, layers: Sequence[str], depths: Sequence[int]) -> list[int]:
+    """For each gated layer, the place in `depths`, sorted, of the router that it follows."""
+    blocks = [block_of(base, name) or 0 for name in layers]
+    return [max((place for place, depth in enumerate(depths) if depth <= block), default=0) for block in blocks]
+
+
+def spread(routed: Routing, at_depths: Mapping[int, Tensor], followed: Sequence[int]) -> Routing:
+    """The weights of every layer `[batch, layers, columns]`, from those of depths; one that fell back keeps its own.
+
+    Args:
+        routed: by the mixture's router, with fallback.
+        at_depths: `[batch, experts]` of each depth, the shallowest first.
+        followed: place of the depth that each layer follows.
+    """
+    layers = torch.stack(list(at_depths.values()), dim=1)[:, followed]
+    layers = nn.functional.pad(layers, (0, routed.weights.shape[-1] - layers.shape[-1]))
+    if routed.fallback is not None:
+        layers = layers.where((routed.fallback == EXPERT)[:, None, None], routed.weights[:, None])
+    return replace(routed, weights=layers)
