@@ -67,7 +67,7 @@ def remarks(model: MoaModel) -> list[str]:
     """What is not as one would expect of a mixture, each as one sentence."""
     loaded, named = portable_name(model.get_base_model()), model.moa_config.base_model
     found = []
-    if model.moa_router is None:
+    if model.moa_router is None and model.moa_config.granularity != "token":
         found.append("The mixture has no router, so there is no row moa: fit one with training/train_moa.py.")
     if named and loaded != named:
         found.append(f"The mixture names {named} as its base model, the answers are those of {loaded}.")

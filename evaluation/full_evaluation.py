@@ -76,7 +76,7 @@ def main(argv: list[str] | None = None) -> None:
     from moa.evaluation.comparison import card_scores, other_scores
     from moa.evaluation.merges import AskedMerge
     from moa.evaluation.other_routers import check_routers
-    from moa.evaluation.report import print_table, write_html, write_json
+    from moa.evaluation.report import print_table, write_html, write_json, write_markdown
     from moa.model import MoaModel
     from moa.saving import describe_mixture
 
@@ -88,11 +88,12 @@ def main(argv: list[str] | None = None) -> None:
     output = Path(asked.output_dir)
     write_json(found, output / "results.json")
     write_html(found, output / "report.html")
+    write_markdown(found, output / "results.md")
     if Path(asked.mixture).is_dir():
         model.moa_config.scores = other_scores(model.moa_config.scores) | card_scores(found)
         describe_mixture(model, Path(asked.mixture))
     print_table(found, Console())
-    print(f"\nresults: {output / 'results.json'}\nreport:  {output / 'report.html'}")
+    print(f"\nresults: {output / 'results.json'}, {output / 'results.md'}\nreport:  {output / 'report.html'}")
 
 
 def check_counts(asked: Any, options: Sequence[str] = COUNTS) -> None:

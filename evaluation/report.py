@@ -28,10 +28,10 @@ from pathlib import Path
 
 from moa.evaluation.files import write_whole
 from moa.evaluation.summary import Results, normalised
-from moa.evaluation.table import print_table
+from moa.evaluation.table import markdown, print_table
 from moa.evaluation.verdict import verdict
 
-__all__ = ["normalised", "print_table", "verdict", "write_html", "write_json"]
+__all__ = ["normalised", "print_table", "verdict", "write_html", "write_json", "write_markdown"]
 
 
 def write_json(results: Results, path: str | Path) -> Path:
@@ -45,6 +45,11 @@ def write_json(results: Results, path: str | Path) -> Path:
     except ValueError as error:
         raise ValueError(f"{path} was not written: a score is NaN or infinite ({error})") from None
     return write_whole(text + "\n", Path(path))
+
+
+def write_markdown(results: Results, path: str | Path) -> Path:
+    """Write the table, its notes and the verdict in Markdown, to paste into a README or an issue."""
+    return write_whole(markdown(results), Path(path))
 
 
 def write_html(results: Results, path: str | Path) -> Path:

@@ -104,6 +104,20 @@ def mean_nll(results: Results, system: str) -> float | None:
     return float(np.mean(values)) if values and len(values) == len(cells) else None
 
 
+def nll_interval(results: Results, system: str) -> Interval | None:
+    """95 % interval of `mean_nll`, by a bootstrap over the examples of each task; None without those of each."""
+    cells = [find_cell(results, system, task) for task in results["tasks"]]
+    if not cells or not all(cell and cell.get("nll_per_example") for cell in cells):
+        return None
+    rng, drawn = np.random.default_rng(results["seed"]), []
+    for cell in cells:
+        losses = np.array(cell["nll_per_example"])
+        # Centred on the mean itself, which is over answer tokens and not over examples.
+        means = losses[rng.integers(len(losses), size=(RESAMPLES, len(losses)))].mean(axis=1)
+        drawn.append(means - losses.mean() + cell["nll"])
+    return _interval(np.mean(drawn, axis=0))
+
+
 def _ratios(results: Results, system: str) -> dict[str, float]:
     """Percent of the oracle on each task that can be divided by it and was scored."""
     refused, oracle = refused_tasks(results), named(results, "oracle")

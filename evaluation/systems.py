@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -82,7 +82,12 @@ def merge_system(
 
 
 def mixture_system(model: MoaModel) -> System:
-    """Each prompt through the experts that the router chooses; the model must have one."""
+    """The mixture as it routes: prompts by its router, which it must have, or tokens at each layer by Arrow."""
+    if model.moa_config.granularity == "token":
+        fingerprint = f"{experts_fingerprint(model)} token {model.moa_config.top_k}"
+        note = f"each token mixes {model.moa_config.top_k}, by Arrow"
+        activate = _ignoring_batch(nullcontext)
+        return System("moa", "moa", fingerprint, activate, adapter_cost(model, model.experts), note)
     routings: list[Routing] = []
 
     @contextmanager
@@ -108,8 +113,9 @@ def mixture_system(model: MoaModel) -> System:
 
 
 def unmerged_systems(model: MoaModel) -> list[System]:
-    """All that is there without a merge; the mixture only if it has a router."""
-    mixture = [] if model.moa_router is None else [mixture_system(model)]
+    """All that is there without a merge; the mixture only if it can route."""
+    routes = model.moa_router is not None or model.moa_config.granularity == "token"
+    mixture = [mixture_system(model)] if routes else []
     return [base_system(model), *(expert_system(model, name) for name in model.experts), *mixture]
 
 

@@ -9,7 +9,16 @@ from rich.table import Table
 from rich.text import Text
 
 from moa.evaluation.routed import fallback_notes
-from moa.evaluation.summary import Normalised, Results, find_cell, headline_score, mean_nll, normalised
+from moa.evaluation.summary import (
+    Interval,
+    Normalised,
+    Results,
+    find_cell,
+    headline_score,
+    mean_nll,
+    nll_interval,
+    normalised,
+)
 from moa.evaluation.verdict import verdict
 
 HEADINGS = {"lora": "LoRAs", "router": "other routers", "merge": "merges"}
@@ -113,5 +122,39 @@ def _headline(
     if interval is not None and system["kind"] != "oracle":
         low, high = interval
         text.append(f" {low:.1f}–{high:.1f}" if wide else f" ±{(high - low) / 2:.1f}", style="not bold")
-    nll = mean_nll(results, system["name"])
-    return text, Text("-" if nll is None else f"{nll:.2f}", style="dim")
+    nll, around = mean_nll(results, system["name"]), nll_interval(results, system["name"])
+    likelihood = Text("-" if nll is None else f"{nll:.2f}", style="dim")
+    if around is not None and wide:
+        likelihood.append(f" {around[0]:.2f}–{around[1]:.2f}")
+    return text, likelihood
+
+
+def markdown(results: Results) -> str:
+    """The whole table in Markdown: score / negative log-likelihood in each cell, intervals of 95 % in brackets."""
+    summary, tasks = normalised(results), results["tasks"]
+    heads = ["", *(f"{task} ({found['headline']})" for task, found in tasks.items())]
+    lines = [[*heads, "% of own LoRA (95 %)", "mean NLL (95 %)"], ["---"] * (len(heads) + 2)]
+    for _, systems in grouped(results):
+        for system in systems:
+            name = system["name"]
+            cells = (find_cell(results, name, task) for task in tasks)
+            scores = (headline_score(results, name, task) for task in tasks)
+            score, nll = summary[name]["score"], mean_nll(results, name)
+            lines.append(
+                [
+                    f"{name} ({system['note']})" if system["note"] else name,
+                    *("-" if c is None else _cell(s, c.get("nll")) for c, s in zip(cells, scores, strict=True)),
+                    "-" if score is None else f"{score:.1f}{_bracket(summary[name]['ci'], 1)}",
+                    "-" if nll is None else f"{nll:.3f}{_bracket(nll_interval(results, name), 3)}",
+                ]
+            )
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return "\n\n".join([table, *notes(results, summary), verdict(results)]) + "\n"
+
+
+def _cell(score: float, nll: float | None) -> str:
+    return f"{score:.1f}" if nll is None else f"{score:.1f} / {nll:.2f}"
+
+
+def _bracket(interval: Interval | None, digits: int) -> str:
+    return "" if interval is None else f" ({interval[0]:.{digits}f} to {interval[1]:.{digits}f})"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from moa.calibration import Calibration, ConformalSet
 from moa.errors import nearest
@@ -73,11 +73,19 @@ class RouterConfig:
 
 @dataclass
 class Fallback:
-    """The merge at the root of the saved folder: its method, each expert's weight, the scale of the whole."""
+    """The merge at the root of the saved folder, so that it can be made again when the experts change.
+
+    Attributes:
+        method: of the merge.
+        weights: of each expert.
+        scale: of the whole.
+        settings: what else was asked for: `rank`, `seed`, `restore_norm`, and the method's own options.
+    """
 
     method: str
     weights: dict[str, float]
     scale: float = 1.0
+    settings: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass

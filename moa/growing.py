@@ -139,7 +139,7 @@ def _finish(
 def _merge_again(model: MoaModel, fallback: Fallback) -> None:
     """Merge the experts there are now as before; drop a merge of others that cannot be made again."""
     try:
-        model.set_fallback(fallback.method, scale=fallback.scale)
+        model.merge_fallback_again()
     except ValueError as error:
         model.delete_adapter(FALLBACK)
         model.moa_config.fallback = None

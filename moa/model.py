@@ -30,6 +30,13 @@ if TYPE_CHECKING:
     from moa.merging import MergeResult
 
 
+def _settings(fallback: Fallback) -> dict[str, Any]:
+    from moa.merging.ranks import RankRule
+
+    rank = fallback.settings.get("rank")
+    return fallback.settings | {"rank": RankRule(**rank) if isinstance(rank, dict) else rank}
+
+
 class MoaModel(RoutedModel):
     """A Mixture-of-LoRAs; make one with `from_adapters` or `from_pretrained`.
 
@@ -188,8 +195,21 @@ class MoaModel(RoutedModel):
         if FALLBACK in self.peft_config:
             self.delete_adapter(FALLBACK)
         self._add(FALLBACK, result)
-        self.moa_config.fallback = Fallback(method, dict(result.report.weights), result.report.scale)
+        report = result.report
+        asked = {"rank": report.rank, "seed": report.seed, "restore_norm": report.restore_norm, **report.options}
+        self.moa_config.fallback = Fallback(method, dict(report.weights), report.scale, asked)
         return result
+
+    def merge_fallback_again(self, *, weights: Sequence[float] | None = None) -> MergeResult:
+        """Merge the experts as they are now by the method, scale and settings of the fallback that there is.
+
+        Args:
+            weights: one for each expert; default 1/N each.
+        """
+        fallback = self.moa_config.fallback
+        if fallback is None:
+            return self.set_fallback(weights=weights)
+        return self.set_fallback(fallback.method, weights=weights, scale=fallback.scale, **_settings(fallback))
 
     # ---- saving and loading
 

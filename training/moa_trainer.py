@@ -163,16 +163,15 @@ def keep_task(collate: Collator, experts: Sequence[str]) -> Collator:
 
 
 def refresh_fallback(model: MoaModel) -> None:
-    """Merge the experts anew where they are being trained, by the method, weights and scale of the fallback.
+    """Merge the experts anew where they are being trained, as the fallback was merged.
 
     Leaves what is trainable, the random numbers and the mode as they are, so that saving does not change a training.
     """
     if not trained_experts(model):
         return
     fallback = model.moa_config.fallback
-    options = {} if fallback is None else {"weights": list(fallback.weights.values()), "scale": fallback.scale}
     with undisturbed(model):
-        model.set_fallback(*([] if fallback is None else [fallback.method]), **options)
+        model.merge_fallback_again(weights=None if fallback is None else list(fallback.weights.values()))
 
 
 @contextmanager

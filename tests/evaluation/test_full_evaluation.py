@@ -74,7 +74,19 @@ def test_every_system_is_scored_on_every_task(command, tmp_path, capsys):
     assert "unparsable" in cells["base", "sst2"]["generated"]
     assert found["router"]["n"] == 18 and sum(map(sum, found["router"]["confusion"])) == 18
     assert (tmp_path / "evaluation" / "report.html").read_text().startswith("<!doctype html>")
+    assert (tmp_path / "evaluation" / "results.md").read_text().startswith("|  | sst2 (accuracy) | squad (f1) |")
     assert "merge:ties" in capsys.readouterr().out.replace(" ", "")
+
+
+def test_a_mixture_that_mixes_tokens_is_scored_as_it_routes(command, tmp_path, mixture, base_folder):
+    model = MoaModel.from_pretrained(str(base_folder), mixture)
+    model.set_granularity("token")
+    model.save_pretrained(mixture)
+    main(command("--methods", "none", "--routers", "arrow"))
+    cells = {(cell["system"], cell["task"]): cell for cell in results(tmp_path)["cells"]}
+    for task in TASKS:  # both mix the best two of three experts, as many as top_k says
+        assert cells["moa", task]["nll"] != cells["base", task]["nll"]
+    assert results(tmp_path)["router"] is None
 
 
 def test_the_router_of_the_report_is_the_models_own(command, tmp_path, mixture):

@@ -11,7 +11,8 @@ from rich.console import Console
 
 from moa.evaluation.comparison import card_scores, other_scores
 from moa.evaluation.report import normalised, print_table, verdict, write_html, write_json
-from moa.evaluation.summary import difference
+from moa.evaluation.summary import difference, mean_nll, nll_interval
+from moa.evaluation.table import markdown
 
 TASKS = {
     "cnn_dailymail": ("rouge", "rougeLsum"),
@@ -229,6 +230,30 @@ def test_a_score_that_is_no_mean_of_examples_keeps_its_place_inside_its_interval
     scores = normalised(two)["merge:svd"]
     assert scores["score"] == pytest.approx((50 + 60) / 2)
     assert np.mean(scores["ci"]) == pytest.approx(55, abs=1.5)
+
+
+def test_the_interval_of_a_likelihood_is_that_of_its_mean_over_tasks():
+    rng = np.random.default_rng(0)
+    losses = {task: rng.exponential(size=400) for task in ("sst2", "mnli")}
+    cells = [make_cell("base", task, [0.5] * 400, nll=rows.mean()) for task, rows in losses.items()]
+    for cell, rows in zip(cells, losses.values(), strict=True):
+        cell["nll_per_example"] = rows.tolist()
+    results = make_results(cells, {task: TASKS[task] for task in losses}, ["base"])
+    error = np.sqrt(sum(rows.var() / 400 for rows in losses.values())) / 2
+    expected = mean_nll(results, "base") + 1.96 * error * np.array([-1, 1])
+    assert nll_interval(results, "base") == pytest.approx(expected, abs=0.1 * error)
+    del cells[0]["nll_per_example"]
+    assert nll_interval(results, "base") is None
+
+
+def test_the_markdown_table_has_a_row_for_each_system_and_says_what_the_terminal_says(seven):
+    lines = markdown(seven).splitlines()
+    rows = [line for line in lines if line.startswith("| ")][1:]
+    assert [row[2:].split(" ")[0] for row in rows] == ["---", *(system["name"] for system in seven["systems"])]
+    assert len({line.count("|") for line in lines if line.startswith("|")}) == 1
+    assert lines[-1] == verdict(seven)
+    cell = next(c for c in seven["cells"] if (c["system"], c["task"]) == ("moa", "sst2"))
+    assert f"{cell['scores']['accuracy']:.1f} / {cell['nll']:.2f}" in next(row for row in rows if "moa" in row)
 
 
 def test_a_difference_is_paired(two):

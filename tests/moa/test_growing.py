@@ -140,7 +140,7 @@ def test_a_router_of_clusters_gains_a_cluster_and_loses_all_rows_of_one():
 
 
 def test_a_new_expert_runs_is_routed_to_and_survives_saving(model, tokenizer, adapters, base_folder, tmp_path):
-    give_router(model, tokenizer).set_fallback("ties", scale=2.0)
+    give_router(model, tokenizer).set_fallback("ties", scale=2.0, density=0.4, rank=3)
     grown = model.add_expert("films", adapters["films"], PROMPTS["films"], held_out=PROMPTS, tokenizer=tokenizer)
     assert model.experts == ("cats", "dogs", "films") and tuple(model.moa_config.experts) == model.experts
     assert set(grown.before) == {"cats", "dogs"} and set(grown.after) == set(PROMPTS)
@@ -148,6 +148,7 @@ def test_a_new_expert_runs_is_routed_to_and_survives_saving(model, tokenizer, ad
         routed = model.route(**tokenizer(prompts, return_tensors="pt", padding=True)).experts
         assert grown.after[name] == pytest.approx(routed.count(index) / len(prompts)) and grown.after[name] > 0.6
     assert (grown.fallback.method, grown.fallback.scale, set(grown.fallback.weights)) == ("ties", 2.0, set(PROMPTS))
+    assert grown.fallback.settings["density"] == 0.4 and model.peft_config["default"].r == 3
 
     stock = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base_folder), adapters["films"]).eval()
     tokens = tokenizer("film review : good", return_tensors="pt")
