@@ -3,6 +3,7 @@
     python benchmarks/routing.py
     python benchmarks/routing.py --rank 16 --all_linear --rounds 9
     python benchmarks/routing.py --adapters 2 7 30 100 --ways one moa moa_all --rounds 9
+    python benchmarks/routing.py --first_layer 1 --ways one moa moa_routed     # routing in flight, no prefix pass
     python benchmarks/routing.py --shape qwen2-1.5b --layers 28 --batch 32 --tokens 512 --decode 128   # on a GPU
     python benchmarks/routing.py --shape qwen2-0.5b --layers 24 --batch 32 --tokens 512 --compile      # CUDA graphs
 
@@ -37,6 +38,7 @@ from moa import MoaModel
 from moa.router import SequenceRouter
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+MLP = ["gate_proj", "up_proj", "down_proj"]
 SHAPES = {
     "qwen2-0.5b": {"hidden_size": 896, "intermediate_size": 4864, "num_attention_heads": 14, "num_key_value_heads": 2},
     "qwen2-1.5b": {
@@ -56,7 +58,7 @@ WAYS = {
     "moa_all": "MoaModel, hard, all factors",
     "moa_own": "MoaModel, hard, own factors",
     "moa_soft": "MoaModel, soft",
-    "moa_routed": "MoaModel, with its prefix pass",
+    "moa_routed": "MoaModel, routing the prompts",
 }
 NO_CACHE = {"xlora": "X-LoRA refuses a cache", "moa_routed": "a route is kept while decoding"}
 VOCABULARY = 8192
@@ -81,8 +83,14 @@ class Bench:
         return Qwen2ForCausalLM(config).to(self.device, self.dtype).eval()
 
     def _write_adapters(self) -> None:
-        targets = "all-linear" if self.asked.all_linear else ATTENTION
-        config = LoraConfig(task_type="CAUSAL_LM", r=self.asked.rank, target_modules=targets)
+        targets = [*ATTENTION, *(MLP if self.asked.all_linear else [])]
+        layers = range(self.asked.first_layer, self.asked.layers) if self.asked.first_layer else None
+        config = LoraConfig(
+            task_type="CAUSAL_LM",
+            r=self.asked.rank,
+            target_modules=targets,
+            layers_to_transform=layers and list(layers),
+        )
         model = get_peft_model(self.base(), config, adapter_name=self.names[0])
         for name in self.names[1:]:
             model.add_adapter(name, config)
@@ -264,6 +272,12 @@ def asked_for(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--shape", choices=SHAPES, default="qwen2-0.5b", help="layer shapes (default qwen2-0.5b)")
     parser.add_argument("--layers", default=4, help="layers of the model (default 4)", **whole)
     parser.add_argument("--router_layer", default=1, help="what the prefix pass reads (default 1 of 4)", **whole)
+    parser.add_argument(
+        "--first_layer",
+        default=0,
+        help="the adapters' first layer; from --router_layer on, routing is in flight",
+        **whole,
+    )
     parser.add_argument("--batch", default=16, help="sequences (default 16)", **whole)
     parser.add_argument("--tokens", default=64, help="tokens of a prompt (default 64)", **whole)
     parser.add_argument("--decode", default=8, help="decode steps a round (default 8)", **whole)

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from moa.config import ROUTER_NAME
+from moa.config import GATES_NAME, ROUTER_NAME
 from moa.evaluation.scoring import Activate
 from moa.in_flight import prefill_overhead
 from moa.model import MoaModel
@@ -82,10 +82,11 @@ def merge_system(
 
 
 def mixture_system(model: MoaModel) -> System:
-    """The mixture as it routes: prompts by its router, which it must have, or tokens at each layer by Arrow."""
+    """The mixture as it routes: prompts by its router, which it must have, or tokens at each layer."""
     if model.moa_config.granularity == "token":
-        fingerprint = f"{experts_fingerprint(model)} token {model.moa_config.top_k}"
-        note = f"each token mixes {model.moa_config.top_k}, by Arrow"
+        config, by_arrow = model.moa_config, model.moa_config.token_router == "arrow"
+        fingerprint = f"{experts_fingerprint(model)} token {config.top_k if by_arrow else config.sha256[GATES_NAME]}"
+        note = f"each token mixes {config.top_k}, by Arrow" if by_arrow else "each token mixes all, by gates"
         activate = _ignoring_batch(nullcontext)
         return System("moa", "moa", fingerprint, activate, adapter_cost(model, model.experts), note)
     routings: list[Routing] = []

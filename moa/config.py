@@ -12,11 +12,12 @@ from moa.errors import nearest
 from moa.peft_checks import CONFIG_FILE, WEIGHTS_FILE
 from moa.peft_export import check_name
 from moa.router import Head, Pooling, check_architecture
-from moa.routing import Granularity, RoutingMode, check_granularity, check_mode
+from moa.routing import Granularity, RoutingMode, TokenRouter, check_granularity, check_mode
 from moa.strangeness import Abstention
 
 CONFIG_NAME = "moa_config.json"
 ROUTER_NAME = "moa_router.safetensors"
+GATES_NAME = "moa_gates.safetensors"
 FALLBACK = "default"  # PEFT's name for the adapter at the root of a saved folder
 
 
@@ -99,8 +100,9 @@ class MoaConfig:
         routing: `hard` (the best expert), `top_k` (the `top_k` best, mixed), `soft` (all, mixed), or `conformal` (the
             likely ones, mixed; see `RouterConfig.conformal`).
         top_k: how many experts `top_k` mixes, and each token at each layer where granularity is `token`.
-        granularity: `sequence`, by the router; `layer`, by routers at several depths; or `token`, by Arrow; see
+        granularity: `sequence`, by the router; `layer`, by routers at several depths; or `token`, see
             `MoaModel.set_granularity`.
+        token_router: what routes tokens: `arrow`, or trained `gates`.
         fallback: how the adapter at the root of the saved folder was made; None until it is.
         check_base: False where the adapters name other base models than this one, and that was accepted.
         sha256: checksum of each saved file, by its path in the folder.
@@ -114,6 +116,7 @@ class MoaConfig:
     routing: RoutingMode = "hard"
     top_k: int = 2
     granularity: Granularity = "sequence"
+    token_router: TokenRouter = "arrow"
     fallback: Fallback | None = None
     check_base: bool = True
     sha256: dict[str, str] = field(default_factory=dict)
@@ -128,7 +131,7 @@ class MoaConfig:
         if len(set(self.experts)) < len(self.experts):
             raise ValueError(f"expert names must differ: got {', '.join(self.experts)}")
         check_mode(self.routing, self.top_k, len(self.experts))
-        check_granularity(self.granularity)
+        check_granularity(self.granularity, self.token_router)
 
     def adapter_files(self) -> list[str]:
         """Paths of the experts' files and of the root adapter's, in the saved folder."""

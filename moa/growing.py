@@ -112,6 +112,11 @@ def _check_change(model: MoaModel, held_out: Iterable[str], experts: Sequence[st
             "a layer router knows the experts that there are: set model.route_state.layer_router = None, change the "
             "experts, and make a new one"
         )
+    if model.moa_gates is not None:
+        raise ValueError(
+            "token gates are trained for the experts that there are: set model.moa_gates = None after "
+            "model.set_granularity('sequence'), change the experts, and train new ones"
+        )
     for unknown in set(held_out) - set(experts):
         raise ValueError(
             f"there are held-out prompts of {unknown!r}, which is no expert: they must be for {', '.join(experts)}"
@@ -127,7 +132,7 @@ def _finish(
     config.sha256, config.scores = {}, {}  # of files that are to be written, and of another mixture
     install(model.get_base_model(), state)
     if config.granularity == "token":
-        model.set_granularity("token")
+        model.set_granularity("token", by=config.token_router)
     if router is not None:
         fitted = replace(fitted, experts=list(experts), clusters=router.clusters)
         model.set_router(router, fitted, check_base=False)

@@ -82,7 +82,7 @@ class MoaModel(RoutedModel):
             top_k=top_k,
             check_base=check_base,
         )
-        model.moa_router = None
+        model.moa_router = model.moa_gates = None
         model.route_state = RouteState(tuple(adapters), model.peft_config)
         install(model.get_base_model(), model.route_state)
         model.set_granularity(granularity)

@@ -26,10 +26,21 @@ from moa.in_flight import reads_in_flight
 from moa.mixture import RouteState, refresh
 from moa.prefix import prompt_features
 from moa.prompt_route import one_route, take_route
+from moa.route_state import LayerRouter
 from moa.router import SequenceRouter, mean_pool
 from moa.router_checks import check_router, check_tokenizer, describe_router
-from moa.routing import Granularity, Routing, RoutingMode, check_granularity, fall_back, route_logits, route_names
+from moa.routing import (
+    Granularity,
+    Routing,
+    RoutingMode,
+    TokenRouter,
+    check_granularity,
+    fall_back,
+    route_logits,
+    route_names,
+)
 from moa.strangeness import strangeness
+from moa.token_gates import TokenGates
 
 
 class RoutedModel(PeftModelForCausalLM):
@@ -38,6 +49,7 @@ class RoutedModel(PeftModelForCausalLM):
     Attributes:
         moa_config: names of the experts, how to route, where the router reads.
         moa_router: the fitted `SequenceRouter`, or None.
+        moa_gates: the `TokenGates`, or None.
         route_state: what the layers read; see `pinned`, `using` and `using_base`.
         last_routing: how the last forward routed; None where the caller had chosen.
         last_task: the `task` that was passed to it.
@@ -45,6 +57,7 @@ class RoutedModel(PeftModelForCausalLM):
 
     moa_config: MoaConfig
     moa_router: SequenceRouter | None
+    moa_gates: TokenGates | None
     route_state: RouteState
     last_routing: Routing | None = None
     last_task: Tensor | None = None
@@ -78,25 +91,31 @@ class RoutedModel(PeftModelForCausalLM):
         self.moa_router = router.to(self.device).requires_grad_(False).eval()
         self.moa_config.router = fitted
 
-    def set_granularity(self, granularity: Granularity) -> None:
+    def set_granularity(self, granularity: Granularity, *, by: TokenRouter = "arrow") -> None:
         """Route each prompt, by the router (`sequence`) or by one at each of several depths (`layer`), or each token
-        at each layer (`token`), by Arrow.
+        at each layer (`token`).
 
-        Arrow needs no router and no training: it mixes the `moa_config.top_k` experts whose updates read a token most,
-        see `moa.arrow`. It takes the adapters as they are at this call; call it again when they change.
+        Tokens need no router. `arrow` mixes the `moa_config.top_k` experts whose updates read a token most, takes the
+        adapters as they are at this call, and has nothing to train (`moa.arrow`). `gates` mix all experts by a small
+        gate in each layer (`moa.token_gates`): `moa_gates`, at first alike for all, to be trained with `MoaTrainer`.
 
         Raises:
             ValueError: another granularity, `layer` without routers at several depths, or `token` with a DoRA expert,
                 which cannot be mixed.
         """
-        check_granularity(granularity)
-        arrow = None
+        check_granularity(granularity, by)
         if granularity == "layer":
             check_depths(self.moa_router)
-        if granularity == "token":
-            arrow = ArrowRouter(self.get_base_model(), self.experts, top_k=self.moa_config.top_k)
-        self.route_state.layer_router = arrow
-        self.moa_config.granularity = granularity
+        self.route_state.layer_router = self._token_router(by) if granularity == "token" else None
+        self.moa_config.granularity, self.moa_config.token_router = granularity, by
+
+    def _token_router(self, by: TokenRouter) -> LayerRouter:
+        base = self.get_base_model()
+        if by == "arrow":
+            return ArrowRouter(base, self.experts, top_k=self.moa_config.top_k)
+        if self.moa_gates is None:
+            self.moa_gates = TokenGates(base, self.experts).to(self.device).requires_grad_(False)
+        return self.moa_gates
 
     def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Refuse a tokenizer that cuts text otherwise, or has another chat template, than the router's own.

@@ -12,6 +12,7 @@ from torch import Tensor
 
 RoutingMode = Literal["hard", "top_k", "soft", "conformal"]
 Granularity = Literal["sequence", "layer", "token"]
+TokenRouter = Literal["arrow", "gates"]
 
 EXPERT, MERGED, BASE = range(3)
 """What runs a sequence: experts; the merged adapter, where it is too strange for them; or the base model."""
@@ -109,11 +110,15 @@ def route_names(names: Sequence[str], experts: Sequence[str]) -> Routing:
     return Routing(torch.nn.functional.one_hot(chosen, len(experts)).float())
 
 
-def check_granularity(granularity: str) -> None:
-    """Refuse a granularity that does not exist."""
+def check_granularity(granularity: str, token_router: str = "arrow") -> None:
+    """Refuse a granularity that does not exist, or a way to route tokens that does not."""
     if granularity not in get_args(Granularity):
         raise ValueError(
             f"granularity {granularity!r} does not exist: choose one of {', '.join(get_args(Granularity))}"
+        )
+    if token_router not in get_args(TokenRouter):
+        raise ValueError(
+            f"tokens are not routed by {token_router!r}: choose one of {', '.join(get_args(TokenRouter))}"
         )
 
 

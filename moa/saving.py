@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from moa.adapters import file_sha256, from_model
 from moa.base_model import load_base_model, same_base
 from moa.card import mixture_card
-from moa.config import CONFIG_NAME, FALLBACK, ROUTER_NAME, MoaConfig
+from moa.config import CONFIG_NAME, FALLBACK, GATES_NAME, ROUTER_NAME, MoaConfig
 from moa.router import SequenceRouter
 from moa.strangeness import empty_detector
 
@@ -77,7 +77,8 @@ def _earlier_files(directory: Path) -> set[str]:
     if directory.exists() and not directory.is_dir():
         raise ValueError(f"cannot save the mixture to {directory}: it is a file, give a folder")
     if (directory / CONFIG_NAME).is_file():
-        return {*MoaConfig.from_json(directory / CONFIG_NAME).adapter_files(), ROUTER_NAME, CONFIG_NAME, CARD_NAME}
+        adapters = MoaConfig.from_json(directory / CONFIG_NAME).adapter_files()
+        return {*adapters, ROUTER_NAME, GATES_NAME, CONFIG_NAME, CARD_NAME}
     held = sorted(entry.name for entry in directory.iterdir()) if directory.is_dir() else []
     for name in held:
         if not TRAINING_LEFT.fullmatch(name):
@@ -121,16 +122,17 @@ def write_mixture(model: MoaModel, directory: Path, **kwargs: Any) -> None:
     config = model.moa_config
     config.versions = {package: version(package) for package in PACKAGES}
     config.sha256 = {file: file_sha256(directory / file) for file in config.adapter_files()}
-    if model.moa_router is not None:
-        save_file(_router_state(model, kwargs.get("state_dict")), directory / ROUTER_NAME)
-        config.sha256[ROUTER_NAME] = file_sha256(directory / ROUTER_NAME)
+    for part, name in (("moa_router", ROUTER_NAME), ("moa_gates", GATES_NAME)):
+        if getattr(model, part) is not None:
+            save_file(_state_of(model, part, kwargs.get("state_dict")), directory / name)
+            config.sha256[name] = file_sha256(directory / name)
     describe_mixture(model, directory)
 
 
-def _router_state(model: MoaModel, gathered: dict[str, Tensor] | None) -> dict[str, Tensor]:
-    """The router's tensors, from the gathered state of the whole model where that is sharded."""
-    prefix = "moa_router."
-    state = model.moa_router.state_dict(prefix=prefix) if gathered is None else gathered
+def _state_of(model: MoaModel, part: str, gathered: dict[str, Tensor] | None) -> dict[str, Tensor]:
+    """The tensors of the router or the gates, from the gathered state of the whole model where that is sharded."""
+    prefix = f"{part}."
+    state = getattr(model, part).state_dict(prefix=prefix) if gathered is None else gathered
     return {
         name.removeprefix(prefix): tensor.detach().cpu().contiguous()
         for name, tensor in state.items()
@@ -183,7 +185,11 @@ def load_mixture(
     routed = router and ROUTER_NAME in config.sha256
     if routed:
         model.set_router(_read_router(directory / ROUTER_NAME, config), config.router, check_base=check_base)
-    model.set_granularity(config.granularity if routed or config.granularity == "token" else "sequence")
+    if GATES_NAME in config.sha256:
+        model.set_granularity("token", by="gates")
+        model.moa_gates.load_state_dict(load_file(directory / GATES_NAME))
+    token = config.granularity == "token"
+    model.set_granularity(config.granularity if routed or token else "sequence", by=config.token_router)
     return model.eval()
 
 
@@ -208,7 +214,8 @@ def _local_folder(source: str | Path, **hub: Any) -> Path:
 
 
 def _check_unchanged(directory: Path, config: MoaConfig) -> None:
-    for name in [*config.adapter_files(), *([ROUTER_NAME] if ROUTER_NAME in config.sha256 else [])]:
+    routers = [name for name in (ROUTER_NAME, GATES_NAME) if name in config.sha256]
+    for name in [*config.adapter_files(), *routers]:
         if name not in config.sha256:
             raise ValueError(f"{directory / CONFIG_NAME} has no sha256 of {name}: save or download the mixture again")
         if not (directory / name).is_file():

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from transformers import Trainer
 from trl import SFTTrainer
 
-from moa.config import ROUTER_NAME
+from moa.config import GATES_NAME, ROUTER_NAME
 from moa.model import MoaModel
 from moa.routing import RoutingMode
 from moa.training.routing_tally import UNKNOWN
@@ -197,15 +197,17 @@ def restore(model: MoaModel, directory: str | Path) -> None:
         ValueError: the folder holds no mixture of these experts.
     """
     directory = Path(directory)
-    missing = [name for name in model.experts if not (directory / name).is_dir()]
-    if missing or (model.moa_router is not None and not (directory / ROUTER_NAME).is_file()):
-        lacking = f"expert {missing[0]!r}" if missing else "router"
-        raise ValueError(f"{directory} has no {lacking}: resume from a checkpoint of this mixture's own training")
+    missing = [f"expert {name!r}" for name in model.experts if not (directory / name).is_dir()]
+    parts = {ROUTER_NAME: model.moa_router, GATES_NAME: model.moa_gates}
+    held = {name: part for name, part in parts.items() if part is not None}
+    missing += [name for name in held if not (directory / name).is_file()]
+    if missing:
+        raise ValueError(f"{directory} has no {missing[0]}: resume from a checkpoint of this mixture's own training")
     for name in model.experts:
         # as if trainable, for else PEFT puts the whole model into evaluation mode
         model.load_adapter(str(directory / name), name, is_trainable=True)
-    if model.moa_router is not None:
-        model.moa_router.load_state_dict(load_file(directory / ROUTER_NAME))
+    for name, part in held.items():
+        part.load_state_dict(load_file(directory / name))
 
 
 def trained_experts(model: MoaModel) -> set[str]:
