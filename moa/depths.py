@@ -23,10 +23,10 @@ from moa.routing import EXPERT, Routing
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from moa.routed_model import RoutedModel
+    from moa.routing_model import RoutingModel
 
 
-def routers_of(model: RoutedModel) -> dict[int, SequenceRouter]:
+def routers_of(model: RoutingModel) -> dict[int, SequenceRouter]:
     """The router of each depth, the shallowest first; only the mixture's own where it does not route by layer."""
     router, layer = model.moa_router, model.moa_config.router.layer
     if model.moa_config.granularity != "layer":
@@ -34,7 +34,7 @@ def routers_of(model: RoutedModel) -> dict[int, SequenceRouter]:
     return dict(sorted({layer: router, **{int(depth): other for depth, other in router.others.items()}}.items()))
 
 
-def deepest(model: RoutedModel) -> int:
+def deepest(model: RoutingModel) -> int:
     """Up to which layer of the base model a route must be read."""
     return max(routers_of(model)) if model.moa_router is not None else model.moa_config.router.layer
 

@@ -30,18 +30,11 @@ if TYPE_CHECKING:
     from moa.merging import MergeResult
 
 
-def _settings(fallback: Fallback) -> dict[str, Any]:
-    from moa.merging.ranks import RankRule
-
-    rank = fallback.settings.get("rank")
-    return fallback.settings | {"rank": RankRule(**rank) if isinstance(rank, dict) else rank}
-
-
 class MoaModel(RoutedModel):
     """A Mixture-of-LoRAs; make one with `from_adapters` or `from_pretrained`.
 
-    `RoutedModel` has what it does with a prompt: `route`, `forward`, `generate`, `pinned`, `using`, and its attributes
-    `moa_config`, `moa_router`, `route_state`.
+    `RoutingModel` has what it makes of a prompt (`route`, `set_router`, `set_granularity`; `moa_config`, `moa_router`,
+    `route_state`), `RoutedModel` what it does with it (`forward`, `generate`, `pinned`, `using`).
     """
 
     @classmethod
@@ -267,3 +260,11 @@ class MoaModel(RoutedModel):
         from moa.push import push_mixture
 
         return push_mixture(self, repo_id, fused=fused, **kwargs)
+
+
+def _settings(fallback: Fallback) -> dict[str, Any]:
+    """What a merge like it is asked for beside method, weights and scale."""
+    from moa.merging.ranks import RankRule
+
+    rank = fallback.settings.get("rank")
+    return fallback.settings | {"rank": RankRule(**rank) if isinstance(rank, dict) else rank}

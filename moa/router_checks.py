@@ -12,11 +12,11 @@ from moa.router import SequenceRouter
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from moa.routed_model import RoutedModel
+    from moa.routing_model import RoutingModel
 
 
 def describe_router(
-    model: RoutedModel,
+    model: RoutingModel,
     router: SequenceRouter,
     layer: int,
     *,
@@ -40,8 +40,8 @@ def describe_router(
     )
 
 
-def check_router(model: RoutedModel, router: SequenceRouter, fitted: RouterConfig, *, check_base: bool) -> None:
-    """See `RoutedModel.set_router`."""
+def check_router(model: RoutingModel, router: SequenceRouter, fitted: RouterConfig, *, check_base: bool) -> None:
+    """See `RoutingModel.set_router`."""
     if fitted.experts is not None and fitted.experts != list(model.experts):
         raise ValueError(
             f"the router was fitted for the experts {', '.join(fitted.experts)}, this mixture has "
@@ -74,7 +74,7 @@ def check_router(model: RoutedModel, router: SequenceRouter, fitted: RouterConfi
 
 
 def check_tokenizer(fitted: RouterConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-    """See `RoutedModel.check_tokenizer`."""
+    """See `RoutingModel.check_tokenizer`."""
     for what, expected, digest in (
         ("tokenizer", fitted.tokenizer_sha256, tokenizer_sha256),
         ("chat template", fitted.chat_template_sha256, chat_template_sha256),

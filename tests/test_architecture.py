@@ -108,6 +108,7 @@ def test_each_outside_library_is_known_in_few_rooms():
         "moa.assembly",
         "moa.mixture",
         "moa.routed_model",
+        "moa.routing_model",
         "moa.saving",
         "moa.push",
         "moa.training.lora",

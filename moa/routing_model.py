@@ -1,0 +1,207 @@
+"""What a mixture makes of a prompt: its routers, what they read, and the weights of the experts that follow."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from jaxtyping import Float, Int
+from peft import PeftModelForCausalLM
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from moa.arrow import ArrowRouter
+from moa.config import FALLBACK, MoaConfig, RouterConfig
+from moa.depths import check_depths, router_of_layers, routers_of, spread
+from moa.in_flight import reads_in_flight
+from moa.mixture import RouteState
+from moa.prefix import prompt_features
+from moa.route_state import LayerRouter
+from moa.router import SequenceRouter, mean_pool
+from moa.router_checks import check_router, check_tokenizer, describe_router
+from moa.routing import (
+    Granularity,
+    Routing,
+    RoutingMode,
+    TokenRouter,
+    check_granularity,
+    fall_back,
+    route_logits,
+)
+from moa.strangeness import strangeness
+from moa.token_gates import TokenGates
+
+
+class RoutingModel(PeftModelForCausalLM):
+    """The deciding half of a mixture; `moa.routed_model.RoutedModel` runs what is decided.
+
+    Attributes:
+        moa_config: names of the experts, how to route, where the router reads.
+        moa_router: the fitted `SequenceRouter`, or None.
+        moa_gates: the `TokenGates`, or None.
+        route_state: what the layers read.
+    """
+
+    moa_config: MoaConfig
+    moa_router: SequenceRouter | None
+    moa_gates: TokenGates | None
+    route_state: RouteState
+
+    @property
+    def routes_in_flight(self) -> bool:
+        """Whether routing costs no prefix pass: every expert leaves what the router reads as it is."""
+        return reads_in_flight(self)
+
+    @property
+    def experts(self) -> tuple[str, ...]:
+        """Names of the experts, in the order of the routing weights."""
+        return self.route_state.experts
+
+    def set_router(
+        self, router: SequenceRouter, fitted: RouterConfig | None = None, *, check_base: bool = True
+    ) -> None:
+        """Give the mixture a fitted router, whose outputs are the experts in their order.
+
+        Args:
+            fitted: what it reads and was fitted for; None means for this model, at the layer that its config names.
+            check_base: refuse a router that was fitted on other base weights.
+
+        Raises:
+            ValueError: the router is for other experts or other base weights, has another number of outputs than
+                there are experts, or reads another width.
+        """
+        if fitted is None:
+            fitted = describe_router(self, router, self.moa_config.router.layer)
+        check_router(self, router, fitted, check_base=check_base)
+        self.moa_router = router.to(self.device).requires_grad_(False).eval()
+        self.moa_config.router = fitted
+
+    def set_granularity(self, granularity: Granularity, *, by: TokenRouter = "arrow") -> None:
+        """Route each prompt, by the router (`sequence`) or by one at each of several depths (`layer`), or each token
+        at each layer (`token`).
+
+        Tokens need no router. `arrow` mixes the `moa_config.top_k` experts whose updates read a token most, takes the
+        adapters as they are at this call, and has nothing to train (`moa.arrow`). `gates` mix all experts by a small
+        gate in each layer (`moa.token_gates`): `moa_gates`, at first alike for all, to be trained with `MoaTrainer`.
+
+        Raises:
+            ValueError: another granularity, `layer` without routers at several depths, or `token` with a DoRA expert,
+                which cannot be mixed.
+        """
+        check_granularity(granularity, by)
+        if granularity == "layer":
+            check_depths(self.moa_router)
+        self.route_state.layer_router = self._token_router(by) if granularity == "token" else None
+        self.moa_config.granularity, self.moa_config.token_router = granularity, by
+
+    def _token_router(self, by: TokenRouter) -> LayerRouter:
+        base = self.get_base_model()
+        if by == "arrow":
+            return ArrowRouter(base, self.experts, top_k=self.moa_config.top_k)
+        if self.moa_gates is None:
+            self.moa_gates = TokenGates(base, self.experts).to(self.device).requires_grad_(False)
+        return self.moa_gates
+
+    def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Refuse a tokenizer that cuts text otherwise, or has another chat template, than the router's own.
+
+        Raises:
+            ValueError: which of the two it is; nothing where there is no router, or one that does not name its own.
+        """
+        if self.moa_router is not None:
+            check_tokenizer(self.moa_config.router, tokenizer)
+
+    def features(
+        self,
+        input_ids: Int[Tensor, "batch tokens"],
+        attention_mask: Int[Tensor, "batch tokens"] | None = None,
+        prompt_mask: Tensor | None = None,
+        *,
+        layer: int | None = None,
+    ) -> Float[Tensor, "batch hidden"]:
+        """What the router reads: the base model's pooled hidden state entering `moa_config.router.layer`.
+
+        Args:
+            layer: instead, what the router at this other depth reads.
+        """
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        router = self.moa_router if layer is None else self.moa_router.others[str(layer)]
+        layer, pool = layer or self.moa_config.router.layer, mean_pool if router is None else router.pool
+        with self.route_state.set(off=True):
+            base = self.get_base_model()
+            return prompt_features(base, {layer: pool}, input_ids, attention_mask, prompt_mask)[layer]
+
+    def route(
+        self,
+        input_ids: Int[Tensor, "batch tokens"],
+        attention_mask: Int[Tensor, "batch tokens"] | None = None,
+        *,
+        prompt_mask: Tensor | None = None,
+        routing: RoutingMode | None = None,
+        top_k: int | None = None,
+        abstain: bool = True,
+    ) -> Routing:
+        """Weights of the experts for each prompt; they carry gradients where the router's parameters want them.
+
+        A prompt that is stranger than `moa_config.router.abstention` allows runs the merged adapter (`set_fallback`)
+        or the base model instead, but never in training mode, where it teaches its experts.
+
+        Args:
+            prompt_mask: which tokens are the prompt; default all that are not padding.
+            routing, top_k: instead of the mixture's own.
+            abstain: False trusts the experts with every prompt.
+
+        Raises:
+            ValueError: the mixture has no fitted router, or one without the conformal set that `routing` asks for.
+        """
+        if self.moa_router is None:
+            raise ValueError(
+                "this mixture has no router: fit one with training/train_moa.py, or choose the experts yourself "
+                "with model.pinned([...]) or model.using(name)"
+            )
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        routers, base = routers_of(self), self.get_base_model()
+        with self.route_state.set(off=True):
+            pools = {layer: router.pool for layer, router in routers.items()}
+            pooled = prompt_features(base, pools, input_ids, attention_mask, prompt_mask)
+        decided = {"routing": routing, "top_k": top_k}
+        routed = self.decide(pooled[self.moa_config.router.layer], **decided, abstain=abstain)
+        if len(routers) == 1:
+            return routed
+        at_depths = {
+            layer: self.decide(pooled[layer], router=router, **decided, abstain=False).weights
+            for layer, router in routers.items()
+        }
+        return spread(routed, at_depths, router_of_layers(base, self.route_state.layers, list(routers)))
+
+    def decide(
+        self,
+        pooled: Float[Tensor, "batch hidden"],
+        *,
+        router: SequenceRouter | None = None,
+        routing: RoutingMode | None = None,
+        top_k: int | None = None,
+        abstain: bool = True,
+    ) -> Routing:
+        """Weights of the experts for prompts whose features are there; arguments and errors as for `route`."""
+        config = self.moa_config
+        logits = (router or self.moa_router)(pooled)
+        floor = None if config.router.conformal is None else config.router.conformal.floor
+        routed = route_logits(logits, routing or config.routing, config.top_k if top_k is None else top_k, floor)
+        return self._without_strangers(routed, pooled) if abstain and not self.training else routed
+
+    def _without_strangers(self, routed: Routing, pooled: Float[Tensor, "batch hidden"]) -> Routing:
+        """The routing less the prompts that no expert should be trusted with."""
+        limits = self.moa_config.router.abstention
+        if limits is None:
+            return routed
+        found = strangeness(self.moa_router, limits, pooled, routed.logits).detach()
+        merged = FALLBACK in self.peft_config
+        if not merged and (found > limits.merged_above).any():
+            warnings.warn(
+                "strange prompts run the base model, for the mixture has no merged adapter: call model.set_fallback()",
+                stacklevel=3,
+            )
+        return fall_back(routed, found, limits.merged_above, limits.base_above, merged=merged)
