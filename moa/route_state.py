@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -14,6 +14,8 @@ from moa.choice import Choice, choices
 from moa.config import FALLBACK
 
 RECOMPUTED = ("weights", "token_rows", "broadcast", "crossed")
+RUNS = ("_weights", "_choices", "_layer_router", "token_rows", "broadcast", "crossed", "off")
+"""All that decides what a layer computes."""
 
 
 class LayerRouter(Protocol):
@@ -97,6 +99,23 @@ class RouteState:
     def gated(self, weights: Tensor, *, broadcast: bool = True, crossed: bool = False) -> AbstractContextManager[None]:
         """Run these weights for everything inside the block: one row for all sequences, or one for each."""
         return self.set(weights=weights, off=False, pinned=True, broadcast=broadcast, crossed=crossed, token_rows=None)
+
+    def recomputed(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        """A `context_fn` for torch.utils.checkpoint: nothing for the forward, and for its recompute the route of now.
+
+        So that another forward may come before the backward of this one.
+        """
+        return nullcontext(), self._again({name: getattr(self, name) for name in RUNS})
+
+    @contextmanager
+    def _again(self, then: Mapping[str, Any]) -> Iterator[None]:
+        """Run as at another time, with values that were checked when they were set."""
+        now = {name: getattr(self, name) for name in then}
+        vars(self).update(then)
+        try:
+            yield
+        finally:
+            vars(self).update(now)
 
     @property
     def by_row(self) -> bool:

@@ -6,7 +6,7 @@ token it produces: routing anew at each step would read keys and values that ano
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -136,6 +136,24 @@ class RoutedModel(RoutingModel):
             out = super().forward(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
         remember(getattr(out, "past_key_values", None), self.route_state)
         return out
+
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: Mapping[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """As the base model's; what is recomputed takes the route of its own forward, whatever ran since.
+
+        With `use_reentrant=True` it takes the last forward's: then each backward must follow its forward.
+        """
+        options = dict(activation_checkpointing_kwargs or {"use_reentrant": False})
+        if options.get("use_reentrant") is False:
+            options.setdefault("context_fn", self.route_state.recomputed)
+        self.get_base_model().activation_checkpointing_enable(activation_checkpointing_kwargs=options, **kwargs)
+
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """The older name of `activation_checkpointing_enable`."""
+        self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **kwargs)
 
     def generate(
         self, inputs: Tensor | None = None, *, adapter_names: Sequence[str] | None = None, **kwargs: Any

@@ -419,3 +419,24 @@ def test_checkpointing_gives_the_same_gradients_of_weights_and_factors(build, ma
     assert sum(grad.abs().sum() > 0 for grad in found[0]) > 40
     for plain, recomputed in zip(*found, strict=True):
         assert torch.equal(plain, recomputed)
+
+
+def test_two_forwards_may_come_before_one_backward(build, many):
+    found = []
+    for checkpointing in (False, True):
+        model = build(many).train()
+        weights = [torch.rand(3, 3, generator=torch.Generator().manual_seed(n)).requires_grad_() for n in range(2)]
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(".lora_" in name)
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        losses = []
+        for one in weights:
+            with model.pinned(Routing(one)):
+                losses.append(model(input_ids=PROMPT, labels=PROMPT, use_cache=False).loss)
+        with torch.no_grad(), model.using_base():
+            model(input_ids=PROMPT)
+        sum(losses).backward()
+        found.append([*(one.grad for one in weights), *(p.grad for n, p in model.named_parameters() if ".lora_" in n)])
+    for plain, recomputed in zip(*found, strict=True):
+        torch.testing.assert_close(recomputed, plain)
