@@ -56,6 +56,8 @@ class GatedLayer(nn.Module):
     def _added(self, x: Tensor, result: Tensor, stack: Stack, weights: Tensor) -> Tensor:
         x = x.to(stack.A.dtype)
         weights = weights.to(x)
+        if self.training:
+            x = self._dropped_out(x, weights)
         choice = None if stack.blocks is None else self.route.choice_at(self.place)
         if choice is not None:
             update = own_low_rank(x, stack.blocks, choice)
@@ -67,6 +69,18 @@ class GatedLayer(nn.Module):
             bias = self.get_base_layer().bias
             update = update + (weights @ stack.stretch) * (result if bias is None else result - bias)
         return result + update
+
+    def _dropped_out(self, x: Tensor, weights: Tensor) -> Tensor:
+        """x after lora_dropout: each row with the chance of its expert, or the mean of theirs where it mixes several.
+
+        The base model's own output, which DoRA rescales, is that of x as it was.
+        """
+        names = self.route.names(weights.shape[-1])
+        chances = [getattr(self.lora_dropout[name], "p", 0.0) if name in self.lora_A else 0.0 for name in names]
+        if not any(chances):
+            return x
+        chance = (weights.detach() * weights.new_tensor(chances)).sum(dim=-1, keepdim=True)
+        return x * (torch.rand_like(x) >= chance) / (1 - chance)
 
     def current_stack(self, columns: int) -> Stack | None:
         """The experts' stacked factors, rebuilt when an adapter was loaded, moved or trained since the last time.

@@ -60,7 +60,7 @@ class MoaTrainerMixin:
         columns = getattr(kwargs.get("train_dataset"), "column_names", None) or ()
         super().__init__(*args, **kwargs)
         _check(self, columns)
-        _tell_what_training_changes(model)
+        _drop_thresholds(model)
         self.routing = routing or _training_mode(model)
         self.router_loss_weight = router_loss_weight
         self.data_collator = keep_task(self.data_collator, model.experts)
@@ -225,14 +225,8 @@ def _router_learns(model: MoaModel) -> bool:
     return router is not None and any(parameter.requires_grad for parameter in router.parameters())
 
 
-def _tell_what_training_changes(model: MoaModel) -> None:
-    """Warn of dropout that gated layers do not apply, and drop thresholds that belong to the router as it was."""
-    dropping = [name for name in sorted(trained_experts(model)) if model.peft_config[name].lora_dropout > 0]
-    if dropping:
-        warnings.warn(
-            f"lora_dropout of {', '.join(dropping)} is not applied: a mixture's layers train without dropout",
-            stacklevel=3,
-        )
+def _drop_thresholds(model: MoaModel) -> None:
+    """Drop thresholds that belong to the router as it was, with a warning."""
     fitted = model.moa_config.router
     measured = {"calibration": None, "abstention": None, "conformal": None}
     if _router_learns(model) and any(getattr(fitted, name) is not None for name in measured):

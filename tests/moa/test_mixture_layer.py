@@ -440,3 +440,22 @@ def test_two_forwards_may_come_before_one_backward(build, many):
         found.append([*(one.grad for one in weights), *(p.grad for n, p in model.named_parameters() if ".lora_" in n)])
     for plain, recomputed in zip(*found, strict=True):
         torch.testing.assert_close(recomputed, plain)
+
+
+def test_each_row_drops_inputs_with_the_chance_of_its_own_expert_in_training_alone(build, make_adapter, tmp_path):
+    chances = {"never": 0.0, "often": 0.25}
+    paths = {
+        n: make_adapter(tmp_path / n, seed=3, lora_dropout=p, init_lora_weights=False) for n, p in chances.items()
+    }
+    model = build(paths)
+    layer = model.get_base_model().model.layers[0].self_attn.q_proj
+    torch.manual_seed(0)
+    x = torch.randn(32).expand(2, 20000, 32)
+    with torch.no_grad(), model.pinned(list(chances)):
+        expected = layer(x)
+        dropped = layer.train()(x)
+    assert torch.equal(dropped[0], expected[0])
+    torch.testing.assert_close(dropped[1].mean(dim=0), expected[1].mean(dim=0), atol=0.05, rtol=0.02)
+    delta = (layer.scaling["often"] * layer.lora_B["often"].weight @ layer.lora_A["often"].weight).detach()
+    variance = (delta * x[1, 0]).square().sum(dim=1) * 0.25 / 0.75
+    torch.testing.assert_close(dropped[1].var(dim=0), variance, atol=0.0, rtol=0.1)

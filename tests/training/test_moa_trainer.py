@@ -308,10 +308,3 @@ def test_thresholds_of_a_router_that_learns_on_are_dropped_with_a_word(make_mode
     frozen.moa_config.router.abstention = Abstention("energy", 0.1, 0.0, 1.0)
     trainer(MoaTrainer, frozen, arguments(), rows)
     assert frozen.moa_config.router.abstention is not None
-
-
-def test_dropout_that_the_layers_do_not_apply_is_told(make_model, trainer, arguments, rows):
-    model = make_model(experts=["cats"])
-    model.peft_config["cats"].lora_dropout = 0.1
-    with pytest.warns(UserWarning, match="lora_dropout of cats is not applied"):
-        trainer(MoaTrainer, model, arguments(), rows)
