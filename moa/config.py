@@ -37,6 +37,7 @@ class RouterConfig:
         hidden_size: width of the hidden state that it was fitted on; None while there is no router.
         objective: what it was fitted to: the prompt's `task`, the `utility` of each expert's answer, or the
             `language_model` loss through soft weights.
+        plain_prompts: whether it was fitted to prompts without their templates too.
         experts: names of the experts, in the order of its outputs.
         clusters: expert of each output of its head, where several share one; None: each has its own.
         base_sha256: of the base model's weights, see `moa.fingerprint.weights_sha256`.
@@ -54,6 +55,7 @@ class RouterConfig:
     hidden_units: int | None = None
     hidden_size: int | None = None
     objective: Objective = "task"
+    plain_prompts: bool = False
     experts: list[str] | None = None
     clusters: list[int] | None = None
     base_sha256: str | None = None

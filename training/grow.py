@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> None:
     unknown = [name for name in asked.remove if name not in model.experts]
     if unknown:
         raise ValueError(f"no expert is called {unknown[0]!r}: this mixture has {', '.join(model.experts)}")
-    train, held_out = _examples(asked, [*model.experts, *added], added)
+    train, held_out = _examples(asked, [*model.experts, *added], added, plain=model.moa_config.router.plain_prompts)
     changes = [(model.remove_expert, name) for name in asked.remove]
     changes += [(partial(model.add_expert, path=path, examples=train[name]), name) for name, path in added.items()]
     before: dict[str, float] = {}
@@ -78,9 +78,13 @@ def _pairs(given: Sequence[str]) -> dict[str, str]:
 
 
 def _examples(
-    asked: GrowArguments, experts: Sequence[str], added: Mapping[str, str]
+    asked: GrowArguments, experts: Sequence[str], added: Mapping[str, str], *, plain: bool
 ) -> tuple[dict[str, list[Example]], dict[str, list[Example]]]:
-    """Training prompts of the new experts, held-out prompts of all."""
+    """Training prompts of the new experts, held-out prompts of all.
+
+    Args:
+        plain: the router knows prompts without their templates too, so it gets both.
+    """
     from moa.tasks import load_tasks
 
     tasks = {task.name: task for task in load_tasks(asked.tasks or list(experts))}
@@ -88,9 +92,14 @@ def _examples(
     if missing:
         raise ValueError(f"no task is called {missing[0]!r} as its expert is: give each expert the task with its name")
     rows: dict[str, Any] = {**asked.rows_from, "seed": asked.seed}
+
+    def of(name: str, split: str, limit: int) -> list[Example]:
+        forms = [tasks[name], tasks[name].plain() if plain else None]
+        return [example for form in forms if form for example in form.examples(split, limit=limit, **rows)]
+
     return (
-        {name: tasks[name].examples("train", limit=asked.train_rows, **rows) for name in added},
-        {name: tasks[name].examples("validation", limit=asked.validation_rows, **rows) for name in experts},
+        {name: of(name, "train", asked.train_rows) for name in added},
+        {name: of(name, "validation", asked.validation_rows) for name in experts},
     )
 
 

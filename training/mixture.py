@@ -56,6 +56,7 @@ def train_mixture(
     check_count(len(tasks))
     find_method(fallback_method)
     fit_on, held_out = _examples(tasks, train_rows, validation_rows, training.seed, rows)
+    plain = _examples(_plain(tasks, choices), train_rows, validation_rows, training.seed, rows)
     record = {
         "base_model": model_name,
         "experts": {name: read_adapter(path, name).sha256 for name, path in adapters.items()},
@@ -70,7 +71,7 @@ def train_mixture(
     base = load_base_model(model_name, **computing)
     model = MoaModel.from_adapters(base, adapters, **mixture)
     model.set_fallback(fallback_method)
-    fit = RouterFit(model, load_tokenizer(model_name), fit_on, held_out, choices, training)
+    fit = RouterFit(model, load_tokenizer(model_name), fit_on, held_out, choices, training, plain)
     _fit_and_save(fit, run, folder)
 
 
@@ -110,6 +111,7 @@ def refit_router(
         )
     tasks = [by_name[name] for name in model.experts]
     fit_on, held_out = _examples(tasks, train_rows, validation_rows, training.seed, rows)
+    plain = _examples(_plain(tasks, choices), train_rows, validation_rows, training.seed, rows)
     config, run_folder = model.moa_config, Path(training.output_dir)
     record = {
         "base_model": model_name or config.base_model,
@@ -130,15 +132,20 @@ def refit_router(
         print(f"kept the router of {folder}: it was fitted with these settings", flush=True)
         return
     tokenizer = load_tokenizer(model_name or config.base_model)
-    _fit_and_save(RouterFit(model, tokenizer, fit_on, held_out, choices, training), run, folder)
+    _fit_and_save(RouterFit(model, tokenizer, fit_on, held_out, choices, training, plain), run, folder)
+
+
+def _plain(tasks: Sequence[Task], choices: RouterChoices) -> list[Task | None]:
+    """The tasks without their templates, None for one that has none; no task where the router is not to know them."""
+    return [task.plain() for task in tasks] if choices.reads_plain_prompts else []
 
 
 def _examples(
-    tasks: Sequence[Task], train_rows: int, validation_rows: int, seed: int, rows: Mapping[str, Any]
+    tasks: Sequence[Task | None], train_rows: int, validation_rows: int, seed: int, rows: Mapping[str, Any]
 ) -> list[list[list[Example]]]:
     """Of each task, what to fit on and what to hold out."""
     return [
-        [task.examples(split, limit=limit, seed=seed, **rows) for task in tasks]
+        [[] if task is None else task.examples(split, limit=limit, seed=seed, **rows) for task in tasks]
         for split, limit in (("train", train_rows), ("validation", validation_rows))
     ]
 

@@ -56,6 +56,7 @@ class FittedRouter:
         depths: the routers at other depths, where layers are routed apart.
         labels: index of the expert whose prompt each held-out one is.
         losses: of each expert's answer to each held-out example, where the objective asked for them.
+        written: how many of the held-out prompts, which come first, are as their tasks write them; others are plain.
         noise: which training prompts look mislabelled.
         strangeness: of the held-out prompts, under each score that could tell strange ones.
     """
@@ -67,6 +68,7 @@ class FittedRouter:
     depths: list[Judged]
     labels: Int[Tensor, " prompts"]
     losses: Float[Tensor, "prompts experts"] | None
+    written: int
     noise: LabelNoise
     strangeness: dict[Score, Strangeness]
 
@@ -77,6 +79,7 @@ class RouterFit:
     Args:
         model: holds the experts; a router that it has already is not used.
         fit_on, held_out: the examples of each expert, in the order of the experts.
+        plain: examples of both kinds with plain prompts, which a router should know too.
         training: of the head; only `language_model` has its own batch size and epochs, in `choices`.
 
     Raises:
@@ -91,28 +94,30 @@ class RouterFit:
         held_out: Examples,
         choices: RouterChoices,
         training: TrainingArguments,
+        plain: tuple[Examples, Examples] = ((), ()),
     ):
         check_count(len(fit_on))
+        self.written = [sum(map(len, split)) for split in (fit_on, held_out)]
+        splits = [
+            [*_labelled(as_written), *_labelled(also)]
+            for as_written, also in zip((fit_on, held_out), plain, strict=True)
+        ]
         self.model, self.tokenizer, self.choices, self.training = model, tokenizer, choices, training
         self.layers = sorted(set(choices.layers or candidate_layers(model.get_base_model())))
         for layer in self.layers:
             check_layer(model.get_base_model(), layer)
-        self.labels = [
-            torch.tensor([index for index, of_one in enumerate(split) for _ in of_one]) for split in (fit_on, held_out)
-        ]
+        self.labels = [torch.tensor([place for place, _ in split]) for split in splits]
+        examples = [[example for _, example in split] for split in splits]
         self.rows: list[list[Row]] | None = None
         if choices.objective != "task":
-            self.rows = [[tokenised(tokenizer, one, 0) for one in _flat(split)] for split in (fit_on, held_out)]
+            self.rows = [[tokenised(tokenizer, one, 0) for one in split] for split in examples]
         with training.main_process_first(desc="prompt features"):
-            self._read(fit_on, held_out)
+            self._read(examples)
 
-    def _read(self, fit_on: Examples, held_out: Examples) -> None:
+    def _read(self, examples: Sequence[Sequence[Example]]) -> None:
         """One pass over the prompts, and one over the answers where the objective is their utility."""
         base, count, started = self.model.get_base_model(), len(self.model.experts), time.perf_counter()
-        features = [
-            PromptFeatures(base, self.tokenizer, [example.prompt for example in _flat(split)])
-            for split in (fit_on, held_out)
-        ]
+        features = [PromptFeatures(base, self.tokenizer, [example.prompt for example in split]) for split in examples]
         with self.model.using_base():
             read = sum(one.read(self.layers) for one in features)
         self._say(f"{_prompts(features)}, {read or 'none'} read anew, in {time.perf_counter() - started:.1f} s")
@@ -141,10 +146,21 @@ class RouterFit:
         router.others = nn.ModuleDict({str(one.candidate.layer): other for one, other in others})
         config = describe_router(self.model, router, layer, objective=objective, tokenizer=self.tokenizer)
         config, strangeness = with_doubt(router, config, unseen, self.unseen.targets, self.labels[1], self.choices)
-        noise = find_label_noise(seen, self.labels[0], names, seed=self.training.seed)
+        config.plain_prompts = len(self.labels[1]) > self.written[1]
+        as_written = slice(self.written[0])
+        noise = find_label_noise(seen[as_written], self.labels[0][as_written], names, seed=self.training.seed)
         depths = [one for one, _ in others]
         return FittedRouter(
-            router, config, judged, compared, depths, self.labels[1], self.losses[1], noise, strangeness
+            router,
+            config,
+            judged,
+            compared,
+            depths,
+            labels=self.labels[1],
+            losses=self.losses[1],
+            written=self.written[1],
+            noise=noise,
+            strangeness=strangeness,
         )
 
     def _others(self, chosen: Candidate) -> list[tuple[Judged, SequenceRouter]]:
@@ -224,8 +240,8 @@ def check_count(tasks: int) -> None:
         raise ValueError("a router needs at least two tasks to choose between: name more with --tasks")
 
 
-def _flat(examples: Examples) -> list[Example]:
-    return [example for of_one in examples for example in of_one]
+def _labelled(examples: Examples) -> list[tuple[int, Example]]:
+    return [(place, example) for place, of_one in enumerate(examples) for example in of_one]
 
 
 def _prompts(features: Sequence[PromptFeatures]) -> str:

@@ -47,6 +47,13 @@ class RouterChoices:
             "language_model, the loss of the answer through soft weights, end to end"
         },
     )
+    plain_prompts: bool = field(
+        default=True,
+        metadata={
+            "help": "of the objective task: read each prompt without its template as well, its fields alone, so that "
+            "the router knows a task by what is asked and not by the words around it"
+        },
+    )
     tau: float = field(default=0.1, metadata={"help": "of utility, in nats: smaller trusts the best adapter more"})
     language_model_epochs: float = field(
         default=1.0,
@@ -66,6 +73,11 @@ class RouterChoices:
     coverage: float = field(
         default=0.95, metadata={"help": "of --routing conformal: share of prompts whose own expert is in the mix"}
     )
+
+    @property
+    def reads_plain_prompts(self) -> bool:
+        """The other objectives are about answers, which the adapters give to prompts as they were trained."""
+        return self.plain_prompts and self.objective == "task"
 
     def __post_init__(self) -> None:
         for option, given, known in (

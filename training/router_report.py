@@ -25,10 +25,14 @@ def report(fitted: FittedRouter, experts: Sequence[str]) -> dict[str, Any]:
     found = {
         "chosen": asdict(judged.candidate),
         "objective": fitted.config.objective,
-        **_share(judged.right),
+        **_share(judged.right[: fitted.written]),
+        "plain": _share(judged.right[fitted.written :]) if fitted.config.plain_prompts else None,
         "nll": judged.nll,
         "temperature": judged.temperature,
-        "experts": {name: _share(judged.right[fitted.labels == place]) for place, name in enumerate(experts)},
+        "experts": {
+            name: _share(judged.right[: fitted.written][fitted.labels[: fitted.written] == place])
+            for place, name in enumerate(experts)
+        },
         "compared": [asdict(one.candidate) | {"accuracy": one.accuracy, "nll": one.nll} for one in fitted.compared],
         "depths": [asdict(one.candidate) | {"accuracy": one.accuracy, "nll": one.nll} for one in fitted.depths],
         "label_noise": {
@@ -59,6 +63,13 @@ def show_report(found: Mapping[str, Any], console: Console) -> None:
         console.print(
             f"answers of held-out examples, nats a token: the router's experts {loss['router']:.3f}, their own "
             f"{loss['own']:.3f}, the best of all {loss['best']:.3f}",
+            soft_wrap=True,
+        )
+    if plain := found["plain"]:
+        low, high = plain["interval"]
+        console.print(
+            f"without their templates, the fields alone: accuracy {plain['accuracy']:.3f} (95 % interval {low:.3f} to "
+            f"{high:.3f}) on {plain['n']} held-out prompts",
             soft_wrap=True,
         )
     for sentence in [*doubts(found), *remarks(found)]:

@@ -1,8 +1,10 @@
 """A task: how a row of some data set becomes a prompt, an answer and what counts as right."""
 
+from __future__ import annotations
+
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +109,12 @@ class Task:
         checked = range(len(rows)) if source == "local" else chosen
         examples = {i: self.example(*rows[i]) for i in checked}
         return [examples[i] for i in chosen]
+
+    def plain(self) -> Task | None:
+        """The task with nothing but the fields of a row in its prompt, as a person might send them; None where the
+        prompt is just that already."""
+        fields = " ".join(f"{{{name}}}" for name in template_fields(self.prompt))
+        return None if " ".join(self.prompt.split()) == fields else replace(self, prompt=fields)
 
     def example(self, row: Mapping[str, Any], where: str) -> Example:
         """The example that `row` stands for; `where` says in an error where the row was found.

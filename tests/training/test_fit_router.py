@@ -37,10 +37,17 @@ def mixture(base_folder, adapters, tmp_path):
 
 @pytest.fixture
 def command(mixture):
-    def make(*more):
+    def make(*more, plain=False):
         return [
             *(str(mixture), "--train_rows", "24", "--validation_rows", "8", "--num_train_epochs", "3"),
-            *("--disable_tqdm", "true", *(() if "--data_dir" in more else ("--source", "pocket")), *more),
+            *(
+                "--plain_prompts",
+                "true" if plain else "false",
+                "--disable_tqdm",
+                "true",
+                *(() if "--data_dir" in more else ("--source", "pocket")),
+                *more,
+            ),
         ]
 
     return make
@@ -378,3 +385,36 @@ def test_a_refit_may_go_back_to_one_route_for_all_layers(command, mixture, base_
 
 def test_several_depths_need_several_layers(command, refusal):
     assert "name two layers or more in --layers" in refusal(main, command("--granularity", "layer", "--layers", "2"))
+
+
+def test_a_router_knows_prompts_without_their_templates_too(command, mixture, tokenizer, base_folder, monkeypatch):
+    read = []
+    original = PromptFeatures.__init__
+    monkeypatch.setattr(
+        PromptFeatures, "__init__", lambda self, *given: read.append(given[2]) or original(self, *given)
+    )
+    main(command(*ONE, plain=True))
+    found, tasks = reported(mixture), [load_task(name) for name in NAMES]
+    plain = [task.plain() for task in tasks]
+    expected = [
+        [
+            example.prompt
+            for form in (tasks, plain)
+            for task in form
+            for example in task.examples(split, source="pocket", limit=limit, seed=42)
+        ]
+        for split, limit in (("train", 24), ("validation", 8))
+    ]
+    assert read == expected
+    assert (found["n"], found["plain"]["n"]) == (24, 24)
+    model = MoaModel.from_pretrained(str(base_folder), mixture)
+    assert model.moa_config.router.plain_prompts
+    for share, prompts in ((found, read[1][:24]), (found["plain"], read[1][24:])):
+        batch = tokenizer(prompts, return_tensors="pt", padding=True)
+        chosen = model.route(batch["input_ids"], batch["attention_mask"]).experts
+        assert share["accuracy"] == sum(one == place // 8 for place, one in enumerate(chosen)) / 24
+
+
+def test_what_answers_decide_is_fitted_to_prompts_as_they_were_trained(command, mixture):
+    main(command(*ONE, "--objective", "utility", plain=True))
+    assert reported(mixture)["plain"] is None

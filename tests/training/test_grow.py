@@ -30,7 +30,8 @@ def test_an_expert_is_added_and_removed_again(mixture, adapters, base_folder, ca
     assert model.experts == ("sst2", "squad", "piqa")
     assert all(f"{name}: router accuracy on held-out prompts" in said for name in model.experts)
     fitted = model.moa_config.router
-    assert fitted.calibration.prompts == 36 and fitted.abstention.score == "both"
+    assert fitted.calibration.prompts == 2 * 36 and fitted.plain_prompts  # with and without their templates
+    assert fitted.abstention.score == "both"
     assert model.moa_config.scores.keys() == {"router accuracy on held-out prompts"}
     head = before.moa_router.head
     assert model.moa_router.head.weight[:2].equal(head.weight) and model.moa_router.head.bias[:2].equal(head.bias)

@@ -142,3 +142,11 @@ def test_a_task_file_that_is_not_there_says_so(tmp_path):
 
 def test_a_good_name_is_given_back():
     assert check_task_name("my_task-2") == "my_task-2"
+
+
+def test_a_plain_prompt_is_the_fields_of_a_row_and_nothing_else():
+    task = load_task("squad")
+    row = {"context": "Rome is old.", "question": "How old?", "answers": ["very"]}
+    assert task.plain().example(row, "here").prompt == "Rome is old. How old?"
+    assert task.plain().example(row, "here").answer == task.example(row, "here").answer
+    assert task.plain().plain() is None
