@@ -111,6 +111,11 @@ def compose(model: MoaModel, merge: AskedMerge, asked: ComposeArguments) -> dict
     from moa.evaluation.runner import Questions, fill_table
     from moa.evaluation.systems import base_system, expert_system
 
+    if model.moa_config.granularity == "token":
+        raise ValueError(
+            "moa compose gives whole prompts to clusters, and in this mixture each token chooses: fit its router with "
+            "'moa fit-router --granularity sequence' first"
+        )
     budgets = _budgets(model, asked)
     tokenizer = load_tokenizer(asked.model or model.moa_config.base_model)
     if asked.check_base:

@@ -143,7 +143,7 @@ def markdown(results: Results) -> str:
             lines.append(
                 [
                     f"{name} ({system['note']})" if system["note"] else name,
-                    *("-" if c is None else _cell(s, c.get("nll")) for c, s in zip(cells, scores, strict=True)),
+                    *("-" if s is None else _cell(s, c.get("nll")) for c, s in zip(cells, scores, strict=True)),
                     "-" if score is None else f"{score:.1f}{_bracket(summary[name]['ci'], 1)}",
                     "-" if nll is None else f"{nll:.3f}{_bracket(nll_interval(results, name), 3)}",
                 ]

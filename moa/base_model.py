@@ -41,7 +41,7 @@ def resolve_base_model(name: str) -> str:
 
 
 def load_base_model(
-    name: str, *, dtype: str | None = "auto", attn_implementation: str = "auto", packing: bool = False
+    name: str, *, dtype: str | torch.dtype | None = "auto", attn_implementation: str = "auto", packing: bool = False
 ) -> PreTrainedModel:
     """Load a causal language model in evaluation mode, on the accelerator if there is one.
 
@@ -61,6 +61,7 @@ def load_base_model(
     from moa.attention import check_attention, default_device, set_attention
     from moa.precision import AUTO, check_dtype, widen
 
+    dtype = dtype if dtype is None else str(dtype).removeprefix("torch.")
     check_dtype(dtype or AUTO)
     check_attention(attn_implementation)
     try:

@@ -23,21 +23,25 @@ def is_filled(cache: Any) -> bool:
     return cache is not None and cache.get_seq_length() > 0
 
 
-def remember(cache: Any, state: RouteState) -> None:
-    """Write the route that runs now into a cache; a base model's is a row of zeros."""
-    if cache is None:
-        return
+def running(state: RouteState) -> Tensor | str:
+    """What runs now, as a cache remembers it: weights, those of a base model zeros, or words."""
     if state.off:
-        setattr(cache, ROUTE, torch.zeros(1, len(state.experts)))
-    elif state.weights is not None:
-        setattr(cache, ROUTE, state.weights.detach() if state.weights.requires_grad else state.weights)
-    else:  # one adapter of PEFT's, or weights that layers compute
-        forget(cache)
+        return torch.zeros(1, len(state.experts))
+    if state.weights is not None:
+        return state.weights.detach() if state.weights.requires_grad else state.weights
+    return "experts that each token chooses" if state.alone is None else f"the adapter {state.alone}"
+
+
+def remember(cache: Any, state: RouteState) -> None:
+    """Write what runs now into a cache."""
+    if cache is not None:
+        setattr(cache, ROUTE, running(state))
 
 
 def recall(cache: Any) -> Tensor | None:
     """The weights that a cache was written with; None where no mixture wrote it, or not through weights."""
-    return getattr(cache, ROUTE, None)
+    written = getattr(cache, ROUTE, None)
+    return written if isinstance(written, Tensor) else None
 
 
 def forget(cache: Any) -> None:
@@ -46,22 +50,25 @@ def forget(cache: Any) -> None:
         delattr(cache, ROUTE)
 
 
-def check_route(cache: Any, weights: Tensor) -> None:
-    """Refuse to go on from a cache with other weights than those that wrote it.
+def check_route(cache: Any, state: RouteState) -> None:
+    """Refuse to go on from a cache with another route than that which wrote it; of one that no mixture wrote, nothing
+    is known.
 
     Raises:
         ValueError: the cache remembers another route.
     """
-    written = recall(cache) if is_filled(cache) else None
-    if written is not None and written is not weights and not _same(written, weights):
+    written = getattr(cache, ROUTE, None) if is_filled(cache) else None
+    if written is not None and not _same(written, running(state)):
         raise ValueError(
-            "the cache was written with another route than the one that is pinned, so its keys and values are other "
-            "adapters': pin the same route, or call model.reroute(past_key_values) and pass the whole conversation"
+            "the cache was written with another route than the one that runs now, so its keys and values are other "
+            "adapters': run the same, or call model.reroute(past_key_values) and pass the whole conversation"
         )
 
 
-def _same(one: Tensor, other: Tensor) -> bool:
+def _same(one: Tensor | str, other: Tensor | str) -> bool:
     """Whether two routes weigh alike; a missing last column is a fallback without weight, one row is for all."""
+    if one is other or isinstance(one, str) or isinstance(other, str):
+        return one is other or (isinstance(one, str) and one == other)
     if one.dim() != other.dim():
         return False
     columns = max(one.shape[-1], other.shape[-1])

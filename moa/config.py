@@ -90,6 +90,10 @@ class Fallback:
     scale: float = 1.0
     settings: dict[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.weights, dict) or not isinstance(self.settings, dict):
+            raise TypeError("weights and settings are JSON objects")
+
 
 @dataclass
 class MoaConfig:
@@ -177,7 +181,7 @@ def _part(read: dict[str, object], name: str, kind: type, where: str) -> object 
     """What stands under a name that a file may leave out."""
     if read.get(name) is None:
         return None
-    needed = {one.name for one in fields(kind) if one.default is MISSING}
+    needed = {one.name for one in fields(kind) if one.default is MISSING and one.default_factory is MISSING}
     _check_fields(read[name], kind, needed, f"{where}, {name}")
     try:
         return kind(**read[name])

@@ -49,6 +49,26 @@ def check_depths(router: SequenceRouter | None) -> None:
         )
 
 
+def check_others(router: SequenceRouter, layer: int | None) -> None:
+    """Refuse routers of other depths that are not like the mixture's own, which describes them all when it is saved.
+
+    Args:
+        layer: what the mixture's own reads.
+    """
+    for depth, other in router.others.items():
+        if not depth.isdigit() or int(depth) == layer:
+            raise ValueError(f"a router of another depth is called by the layer that it reads: got {depth!r}")
+        for what in ("num_experts", "hidden_size", "pooling", "head_kind", "hidden_units", "clusters"):
+            ours, theirs = getattr(router, what), getattr(other, what)
+            if ours != theirs:
+                raise ValueError(
+                    f"the router of layer {depth} has {what} {theirs!r}, that of layer {layer} {ours!r}: "
+                    "fit them together with 'moa fit-router --granularity layer'"
+                )
+        if (router.detector is None) != (other.detector is None):
+            raise ValueError(f"one of the routers of layers {layer} and {depth} has no detector: fit them together")
+
+
 def router_of_layers(base: PreTrainedModel, layers: Sequence[str], depths: Sequence[int]) -> list[int]:
     """For each gated layer, the place in `depths`, sorted, of the router that it follows."""
     blocks = [block_of(base, name) or 0 for name in layers]

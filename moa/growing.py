@@ -112,10 +112,10 @@ def _check_change(model: MoaModel, held_out: Iterable[str], experts: Sequence[st
             "a layer router knows the experts that there are: set model.route_state.layer_router = None, change the "
             "experts, and make a new one"
         )
-    if model.moa_gates is not None:
+    if model.routes_by_gates:
         raise ValueError(
-            "token gates are trained for the experts that there are: set model.moa_gates = None after "
-            "model.set_granularity('sequence'), change the experts, and train new ones"
+            "token gates are trained for the experts that there are: route otherwise first, by "
+            "model.set_granularity('sequence') or 'moa fit-router', change the experts, and train new ones"
         )
     for unknown in set(held_out) - set(experts):
         raise ValueError(
@@ -128,23 +128,31 @@ def _finish(
 ) -> Fallback | None:
     """Make all that knows the list of experts know the new one."""
     config, state = model.moa_config, model.route_state
+    merged = None if config.fallback is None else _still_merged(config.fallback, config.experts, experts)
     state.experts, config.experts, state.weights = experts, list(experts), None
     config.sha256, config.scores = {}, {}  # of files that are to be written, and of another mixture
     install(model.get_base_model(), state)
+    model.moa_gates = None  # of other experts
     if config.granularity == "token":
         model.set_granularity("token", by=config.token_router)
     if router is not None:
         fitted = replace(fitted, experts=list(experts), clusters=router.clusters)
         model.set_router(router, fitted, check_base=False)
     if FALLBACK in model.peft_config and config.fallback is not None:
-        _merge_again(model, config.fallback)
+        _merge_again(model, config.fallback, merged)
     return config.fallback
 
 
-def _merge_again(model: MoaModel, fallback: Fallback) -> None:
+def _still_merged(fallback: Fallback, before: Sequence[str], now: Sequence[str]) -> list[str]:
+    """All experts where all were merged; else those of the chosen ones that there are still."""
+    chosen = [name for name in now if name in fallback.weights]
+    return list(now) if set(fallback.weights) == set(before) or not chosen else chosen
+
+
+def _merge_again(model: MoaModel, fallback: Fallback, adapters: Sequence[str]) -> None:
     """Merge the experts there are now as before; drop a merge of others that cannot be made again."""
     try:
-        model.merge_fallback_again()
+        model.merge_fallback_again(adapters)
     except ValueError as error:
         model.delete_adapter(FALLBACK)
         model.moa_config.fallback = None

@@ -9,7 +9,7 @@ It takes experts that leave everything before layer k as it is (`--lora_first_la
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -21,12 +21,7 @@ from moa.depths import deepest
 from moa.prefix import block_of, depth, layer_list
 
 if TYPE_CHECKING:
-    from transformers import GenerationConfig
-
     from moa.routed_model import RoutedModel
-
-NOT_THE_PROMPT_ALONE = ("prefill_chunk_size", "prompt_lookup_num_tokens", "assistant_early_exit")
-"""Options of a generation whose first forward may hold less than the prompt, or guesses beside it."""
 
 
 def reads_in_flight(model: RoutedModel) -> bool:
@@ -48,13 +43,6 @@ def can_route(model: RoutedModel) -> bool:
     """Whether this forward may route inside; a router that learns needs gradients, which a recompute would lose."""
     learns = torch.is_grad_enabled() and any(one.requires_grad for one in model.moa_router.parameters())
     return not learns and not torch.compiler.is_compiling() and reads_in_flight(model)
-
-
-def starts_with_prompts(config: GenerationConfig, asked: Mapping[str, Any]) -> bool:
-    """Whether the first forward of a generation sees the prompts, whole and alone."""
-    if any(asked.get(name) is not None for name in ("assistant_model", "custom_generate")):
-        return False
-    return not any(asked.get(name) or getattr(config, name, None) for name in NOT_THE_PROMPT_ALONE)
 
 
 @contextmanager

@@ -193,16 +193,22 @@ class MoaModel(RoutedModel):
         self.moa_config.fallback = Fallback(method, dict(report.weights), report.scale, asked)
         return result
 
-    def merge_fallback_again(self, *, weights: Sequence[float] | None = None) -> MergeResult:
-        """Merge the experts as they are now by the method, scale and settings of the fallback that there is.
+    def merge_fallback_again(self, adapters: Sequence[str] | None = None) -> MergeResult:
+        """Merge the experts as they are now, as the fallback that there is was merged; by `svd` where there is none.
 
         Args:
-            weights: one for each expert; default 1/N each.
+            adapters: merge these instead, with equal weights.
+
+        Raises:
+            ValueError: what the merge reads beside the experts, such as statistics or examples, is not at hand.
         """
         fallback = self.moa_config.fallback
         if fallback is None:
-            return self.set_fallback(weights=weights)
-        return self.set_fallback(fallback.method, weights=weights, scale=fallback.scale, **_settings(fallback))
+            return self.set_fallback(adapters=adapters)
+        weights = list(fallback.weights.values()) if adapters is None else None
+        adapters = list(fallback.weights) if adapters is None else adapters
+        settings = {"scale": fallback.scale, **_settings(fallback)}
+        return self.set_fallback(fallback.method, adapters=adapters, weights=weights, **settings)
 
     # ---- saving and loading
 

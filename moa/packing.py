@@ -55,9 +55,19 @@ def sequence_of_tokens(
             "past_key_values out, or pass a padded batch"
         )
     given["use_cache"] = False
-    if indices is None or not needed:
+    if indices is None:
         return None
-    return _checked(indices, input_ids)
+    indices = _checked(indices, input_ids)
+    if given.get("position_ids") is None:  # else nothing tells the attention that these are several sequences
+        given["position_ids"] = _positions(indices)
+    return indices if needed else None
+
+
+def _positions(indices: Int[Tensor, "1 tokens"]) -> Int[Tensor, "1 tokens"]:
+    """The place of each token in its own sequence."""
+    lengths = indices[0].bincount()
+    starts = (lengths.cumsum(dim=0) - lengths)[indices[0]]
+    return (torch.arange(indices.shape[1], device=indices.device) - starts)[None]
 
 
 def _restart(position_ids: Tensor | None, attention_mask: Tensor | None) -> bool:

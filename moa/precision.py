@@ -39,7 +39,7 @@ def check_dtype(requested: str) -> None:
     """
     if requested not in NAMES:
         raise ValueError(
-            f"no dtype is called {requested!r}{nearest(requested, NAMES)}: choose one of {', '.join(NAMES)}"
+            f"no dtype is called {requested!r}: choose one of {', '.join(NAMES)}{nearest(requested, NAMES)}"
         )
 
 

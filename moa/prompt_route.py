@@ -9,14 +9,25 @@ from typing import TYPE_CHECKING, Any
 import torch
 from jaxtyping import Bool
 from torch import Tensor
-from transformers import Cache, GenerationConfig
+from transformers import Cache
 
 from moa.cached_route import check_route, is_filled, recall
-from moa.in_flight import can_route, routing_in_flight, starts_with_prompts
+from moa.in_flight import can_route, routing_in_flight
 from moa.packing import check_sequences, padded, sequence_of_tokens
 
 if TYPE_CHECKING:
     from moa.routed_model import RoutedModel
+
+ROWS_OF_A_PROMPT = ("num_beams", "num_return_sequences")
+"""Options of a generation that make more rows than one of a prompt, in a batch."""
+NOT_THE_PROMPT_ALONE = (
+    "prefill_chunk_size",
+    "prompt_lookup_num_tokens",
+    "assistant_early_exit",
+    "assistant_model",
+    "custom_generate",
+)
+"""Options of a generation whose first forward may hold less than the prompt, or guesses beside it."""
 
 
 def take_route(
@@ -37,12 +48,12 @@ def take_route(
     if state.pinned:
         if state.token_rows is not None:
             check_sequences(state.token_rows, len(state.weights))
-        if state.weights is not None and not state.off:
-            check_route(cache, state.weights)
+        check_route(cache, state)
         return nullcontext()
     state.broadcast, state.crossed = True, False
     if state.layer_router is not None:
         state.weights = None
+        check_route(cache, state)
     elif is_filled(cache) or input_ids is None:
         state.weights = _route_of(cache)
     else:
@@ -89,9 +100,10 @@ def one_route(model: RoutedModel, input_ids: Tensor | None, given: Mapping[str, 
         ValueError: see `RoutedModel.generate`.
     """
     fields = {"token_rows": None, "steady": object()}
-    config = given.get("generation_config") or model.generation_config
-    rows = _rows_of_a_prompt(config, given)
-    if _routes_on_the_way(model, input_ids, config, given):
+    asked = {name: _asked(model, given, name) for name in (*ROWS_OF_A_PROMPT, *NOT_THE_PROMPT_ALONE)}
+    rows = max(asked[name] or 1 for name in ROWS_OF_A_PROMPT)
+    alone = not any(asked[name] for name in NOT_THE_PROMPT_ALONE)
+    if alone and _routes_on_the_way(model, input_ids, given):
         mask = _held(input_ids, given.get("attention_mask")).repeat_interleave(rows, dim=0)
         with model.route_state.set(weights=None, pinned=True, **fields), routing_in_flight(model, mask):
             yield
@@ -103,34 +115,34 @@ def one_route(model: RoutedModel, input_ids: Tensor | None, given: Mapping[str, 
         yield
 
 
-def _routes_on_the_way(
-    model: RoutedModel, input_ids: Tensor | None, config: GenerationConfig, given: Mapping[str, Any]
-) -> bool:
+def _asked(model: RoutedModel, given: Mapping[str, Any], name: str) -> Any:
+    """An option of a generation: of the call, else of its config, else of the model's, as transformers looks it up."""
+    config = given.get("generation_config")
+    values = (given.get(name), getattr(config, name, None), getattr(model.generation_config, name, None))
+    return next((value for value in values if value is not None), None)
+
+
+def _routes_on_the_way(model: RoutedModel, input_ids: Tensor | None, given: Mapping[str, Any]) -> bool:
     """Whether a generation has prompts to route, and its first forward can do it."""
     state = model.route_state
     if state.off or state.pinned or state.layer_router is not None or model.moa_router is None or input_ids is None:
         return False
-    return not is_filled(given.get("past_key_values")) and starts_with_prompts(config, given) and can_route(model)
+    return not is_filled(given.get("past_key_values")) and can_route(model)
 
 
 def _weights_to_generate(model: RoutedModel, input_ids: Tensor | None, given: Mapping[str, Any]) -> Tensor | None:
     """A row of weights for each prompt; None leaves what runs as it is."""
     state, cache = model.route_state, given.get("past_key_values")
-    if state.off or (state.pinned and state.weights is None):
-        return None
-    if state.pinned:
-        check_route(cache, state.weights)
-        return None if state.broadcast and len(state.weights) == 1 else state.weights
+    if state.off or state.pinned:
+        check_route(cache, state)
+        for_all = state.off or state.weights is None or (state.broadcast and len(state.weights) == 1)
+        return None if for_all else state.weights
     if state.layer_router is not None:
         state.weights = None
+        check_route(cache, state)
         return None
     if is_filled(cache):
         return _route_of(cache)
     if input_ids is None:
         raise ValueError("generate routes on input_ids: got none, pass the tokenised prompts")
     return model.route(input_ids, given.get("attention_mask")).weights
-
-
-def _rows_of_a_prompt(config: GenerationConfig, asked: Mapping[str, Any]) -> int:
-    """How many rows of a batch `generate` makes of one prompt: its beams, or the sequences to return."""
-    return max(asked.get(name) or getattr(config, name, None) or 1 for name in ("num_beams", "num_return_sequences"))

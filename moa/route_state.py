@@ -39,6 +39,7 @@ class RouteState:
             PEFT's active adapter where there is none.
         layer_router: computes weights inside each layer, where none are set.
         token_rows: of a packed row, which row of the weights each token takes, `[1, tokens]`.
+        alone: the adapter of PEFT's that runs where there are no weights and no layer router.
         off: run the base model alone. `PeftModel.disable_adapter` is no substitute: it turns gradients back on.
         pinned: the weights were set by a caller and stay; otherwise each forward routes anew.
         broadcast: one row of weights serves a batch of any size; off where the caller named one expert a sequence.
@@ -57,6 +58,7 @@ class RouteState:
         self.off = self.pinned = self.crossed = False
         self.broadcast = True
         self.steady: object | None = None
+        self.alone: str | None = None
 
     @property
     def weights(self) -> Float[Tensor, "rows *layers_and_tokens columns"] | None:

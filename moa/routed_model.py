@@ -7,7 +7,7 @@ token it produces: routing anew at each step would read keys and values that ano
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -47,6 +47,8 @@ class RoutedModel(RoutingModel):
             ValueError: no names, a name that is no expert, or weights of a wrong shape, with NaN, or that mix a DoRA
                 expert.
         """
+        if isinstance(routing, Tensor):
+            raise ValueError("weights are pinned as a Routing: model.pinned(Routing(weights))")
         named = not isinstance(routing, Routing)
         weights = (route_names(routing, self.experts) if named else routing).weights
         with self.route_state.gated(weights.to(self.device), broadcast=not named):
@@ -75,7 +77,8 @@ class RoutedModel(RoutingModel):
         if adapter not in self.peft_config:
             raise ValueError(f"no adapter is called {adapter!r}: this model holds {', '.join(self.peft_config)}")
         before = self.active_adapter
-        with self.route_state.set(weights=None, layer_router=None, off=False, pinned=True):
+        alone = f"{adapter!r} at scale {scale:g}"
+        with self.route_state.set(weights=None, layer_router=None, off=False, pinned=True, alone=alone):
             self.set_adapter(adapter, inference_mode=True)
             try:
                 with rescale_adapter_scale(self, scale):
@@ -88,6 +91,10 @@ class RoutedModel(RoutingModel):
         """Run the base model alone."""
         with self.route_state.set(off=True, pinned=True):
             yield
+
+    def _disabled(self) -> AbstractContextManager[None]:
+        """Inside PEFT's `disable_adapter()`, the base model."""
+        return self.using_base() if self._adapters_disabled else nullcontext()
 
     @contextmanager
     def _pinned_by_argument(self, names: Sequence[str]) -> Iterator[None]:
@@ -130,11 +137,10 @@ class RoutedModel(RoutingModel):
         if torch.compiler.is_compiling() and self.route_state.pinned:  # one graph; sizes are checked in the layers
             return super().forward(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
         self.last_routing, self.last_task = None, task
-        if self._adapters_disabled:
-            return super().forward(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
-        with take_route(self, input_ids, attention_mask, kwargs):
-            out = super().forward(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
-        remember(getattr(out, "past_key_values", None), self.route_state)
+        with self._disabled():
+            with take_route(self, input_ids, attention_mask, kwargs):
+                out = super().forward(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+            remember(getattr(out, "past_key_values", None), self.route_state)
         return out
 
     def activation_checkpointing_enable(
@@ -172,9 +178,7 @@ class RoutedModel(RoutingModel):
             with self._pinned_by_argument(adapter_names):
                 return self.generate(inputs, **kwargs)
         input_ids, cache = kwargs.pop("input_ids", inputs), kwargs.get("past_key_values")
-        if self._adapters_disabled:
-            return super().generate(input_ids=input_ids, **kwargs)
-        with one_route(self, input_ids, kwargs):
+        with self._disabled(), one_route(self, input_ids, kwargs):
             out = super().generate(input_ids=input_ids, **kwargs)
             for filled in (cache, getattr(out, "past_key_values", None)):
                 remember(filled, self.route_state)

@@ -13,7 +13,7 @@ trained head differs from discriminants in scale, hence a: by least squares over
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 
 import torch
@@ -45,7 +45,7 @@ def with_expert(
     grown.num_experts += 1
     grown.others = nn.ModuleDict({depth: with_expert(router.others[depth], at) for depth, at in at_depths.items()})
     if router.detector is not None:
-        grown.detector = _with_means(router.detector, torch.vstack([router.detector.means, mean]))
+        grown.detector = _with_means(router.detector, lambda means: torch.vstack([means, mean]))
     return grown
 
 
@@ -65,7 +65,7 @@ def without_expert(router: SequenceRouter, index: int) -> SequenceRouter:
     shrunk.num_experts -= 1
     shrunk.others = nn.ModuleDict({depth: without_expert(other, index) for depth, other in router.others.items()})
     if router.detector is not None:
-        shrunk.detector = _with_means(router.detector, router.detector.means[kept])
+        shrunk.detector = _with_means(router.detector, lambda means: means[kept])
     return shrunk
 
 
@@ -116,9 +116,11 @@ def _linear(weight: Float[Tensor, "rows width"], bias: Float[Tensor, " rows"]) -
     return linear.requires_grad_(weight.requires_grad)
 
 
-def _with_means(detector: Mahalanobis, means: Float[Tensor, "experts hidden"]) -> Mahalanobis:
+def _with_means(detector: Mahalanobis, change: Callable[[Tensor], Tensor]) -> Mahalanobis:
     other = copy.deepcopy(detector)
-    other.means = means.clone()
+    other.means = change(detector.means).clone()
+    if detector.plain is not None:
+        other.plain = change(detector.plain).clone()
     return other
 
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from moa.arrow import ArrowRouter
 from moa.config import FALLBACK, MoaConfig, RouterConfig
-from moa.depths import check_depths, router_of_layers, routers_of, spread
+from moa.depths import check_depths, check_others, router_of_layers, routers_of, spread
 from moa.in_flight import reads_in_flight
 from moa.mixture import RouteState
 from moa.prefix import prompt_features
@@ -53,6 +53,11 @@ class RoutingModel(PeftModelForCausalLM):
         return reads_in_flight(self)
 
     @property
+    def routes_by_gates(self) -> bool:
+        """Whether each token chooses its experts by `moa_gates`."""
+        return self.moa_gates is not None and self.route_state.layer_router is self.moa_gates
+
+    @property
     def experts(self) -> tuple[str, ...]:
         """Names of the experts, in the order of the routing weights."""
         return self.route_state.experts
@@ -70,6 +75,7 @@ class RoutingModel(PeftModelForCausalLM):
             ValueError: the router is for other experts or other base weights, has another number of outputs than
                 there are experts, or reads another width.
         """
+        check_others(router, self.moa_config.router.layer if fitted is None else fitted.layer)
         if fitted is None:
             fitted = describe_router(self, router, self.moa_config.router.layer)
         check_router(self, router, fitted, check_base=check_base)
@@ -91,16 +97,17 @@ class RoutingModel(PeftModelForCausalLM):
         check_granularity(granularity, by)
         if granularity == "layer":
             check_depths(self.moa_router)
-        self.route_state.layer_router = self._token_router(by) if granularity == "token" else None
+        router = self._token_router(by) if granularity == "token" else None
+        self.route_state.layer_router = router  # refuses experts that cannot be mixed
+        if by == "gates":
+            self.moa_gates = router
         self.moa_config.granularity, self.moa_config.token_router = granularity, by
 
     def _token_router(self, by: TokenRouter) -> LayerRouter:
         base = self.get_base_model()
         if by == "arrow":
             return ArrowRouter(base, self.experts, top_k=self.moa_config.top_k)
-        if self.moa_gates is None:
-            self.moa_gates = TokenGates(base, self.experts).to(self.device).requires_grad_(False)
-        return self.moa_gates
+        return self.moa_gates or TokenGates(base, self.experts).to(self.device).requires_grad_(False)
 
     def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Refuse a tokenizer that cuts text otherwise, or has another chat template, than the router's own.
@@ -126,7 +133,11 @@ class RoutingModel(PeftModelForCausalLM):
         """
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
-        router = self.moa_router if layer is None else self.moa_router.others[str(layer)]
+        router = self.moa_router
+        if layer not in (None, self.moa_config.router.layer):
+            if router is None or str(layer) not in router.others:
+                raise ValueError(f"no router of this mixture reads layer {layer}: leave it out for the mixture's own")
+            router = router.others[str(layer)]
         layer, pool = layer or self.moa_config.router.layer, mean_pool if router is None else router.pool
         with self.route_state.set(off=True):
             base = self.get_base_model()

@@ -17,6 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from peft import PeftModelForCausalLM
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -122,8 +123,9 @@ def write_mixture(model: MoaModel, directory: Path, **kwargs: Any) -> None:
     config = model.moa_config
     config.versions = {package: version(package) for package in PACKAGES}
     config.sha256 = {file: file_sha256(directory / file) for file in config.adapter_files()}
-    for part, name in (("moa_router", ROUTER_NAME), ("moa_gates", GATES_NAME)):
-        if getattr(model, part) is not None:
+    gates = model.moa_gates if model.routes_by_gates else None
+    for part, name, held in (("moa_router", ROUTER_NAME, model.moa_router), ("moa_gates", GATES_NAME, gates)):
+        if held is not None:
             save_file(_state_of(model, part, kwargs.get("state_dict")), directory / name)
             config.sha256[name] = file_sha256(directory / name)
     describe_mixture(model, directory)
@@ -165,7 +167,13 @@ def load_mixture(
     directory = _local_folder(source, **hub)
     config = MoaConfig.from_json(directory / CONFIG_NAME)
     _check_unchanged(directory, config)
-    if base is None or isinstance(base, str | Path):
+    if base is not None and not isinstance(base, str | Path):
+        if any(value != "auto" for value in computing.values()):
+            raise ValueError(
+                "dtype and attn_implementation are for a base model that is loaded here, and a loaded one was given: "
+                "load that one with them, or pass its name"
+            )
+    else:
         base = load_base_model(config.base_model if base is None else str(base), **computing)
     if check_base and config.base_model and not same_base(config.base_model, str(base.name_or_path)):
         raise ValueError(
@@ -185,10 +193,10 @@ def load_mixture(
     routed = router and ROUTER_NAME in config.sha256
     if routed:
         model.set_router(_read_router(directory / ROUTER_NAME, config), config.router, check_base=check_base)
-    if GATES_NAME in config.sha256:
-        model.set_granularity("token", by="gates")
-        model.moa_gates.load_state_dict(load_file(directory / GATES_NAME))
     token = config.granularity == "token"
+    if token and config.token_router == "gates":
+        model.set_granularity("token", by="gates")
+        _read_gates(model, directory)
     model.set_granularity(config.granularity if routed or token else "sequence", by=config.token_router)
     return model.eval()
 
@@ -225,6 +233,20 @@ def _check_unchanged(directory: Path, config: MoaConfig) -> None:
                 f"{directory / name} was changed after the mixture was saved (its sha256 differs from {CONFIG_NAME}): "
                 "the router and the scores belong to the old file, so fit the router again on the new adapters"
             )
+
+
+def _read_gates(model: MoaModel, directory: Path) -> None:
+    """Fill the mixture's gates."""
+    file = directory / GATES_NAME
+    try:
+        model.moa_gates.load_state_dict(load_file(file))
+    except (FileNotFoundError, SafetensorError, RuntimeError) as error:
+        raise ValueError(
+            f"{file} does not hold the gates by which {CONFIG_NAME} routes tokens "
+            f"({str(error).splitlines()[-1].strip()}): save or download the mixture again"
+        ) from error
+    if not all(torch.isfinite(tensor).all() for tensor in model.moa_gates.state_dict().values()):
+        raise ValueError(f"{file} holds NaN or infinite values: its training diverged, train the gates again")
 
 
 def _read_router(file: Path, config: MoaConfig) -> SequenceRouter:

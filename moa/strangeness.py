@@ -4,6 +4,9 @@
     energy:       -T logsumexp_i(f_i / T)
     both:         the larger of the two, each less its mean and over its standard deviation on own held-out prompts
 
+A router that knows prompts with and without their templates has two means of each expert, and `both` compares each
+prompt with what is typical of its own form, that of the nearest mean: bare prompts differ more among each other.
+
 The distance misses new tasks that are near the known ones, the energy what is like nothing at all; `both` sees both.
 z is a pooled, standardised prompt, m_i the mean of the prompts of expert i, f its logits and T their temperature.
 Higher is stranger. Lee et al. 2018, arXiv:1807.03888; Liu et al. 2020, arXiv:2010.03759.
@@ -17,7 +20,7 @@ from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 Score = Literal["both", "mahalanobis", "energy"]
@@ -34,7 +37,8 @@ class Abstention:
         rate: share of the experts' own prompts that may fall back all the same.
         merged_above: stranger prompts run the merged adapter.
         base_above: still stranger ones run the base model.
-        typical: of `both`, mean and standard deviation of either score over own held-out prompts.
+        typical: of `both`, mean and standard deviation of either score over own held-out prompts; two more numbers
+            are those of prompts without their templates.
     """
 
     score: Score
@@ -73,19 +77,22 @@ class Mahalanobis(nn.Module):
 
     Attributes:
         means: of each expert's prompts, standardised.
+        plain: the same of prompts without their templates; None where nobody showed them.
         directions: orthonormal.
         variances: along them.
         floor: variance everywhere else.
     """
 
     means: Float[Tensor, "experts hidden"]
+    plain: Float[Tensor, "experts hidden"] | None
     directions: Float[Tensor, "rank hidden"]
     variances: Float[Tensor, " rank"]
     floor: Float[Tensor, ""]
 
-    def __init__(self, experts: int, hidden_size: int, rank: int):
+    def __init__(self, experts: int, hidden_size: int, rank: int, *, plain: bool = False):
         super().__init__()
         self.register_buffer("means", torch.zeros(experts, hidden_size))
+        self.register_buffer("plain", torch.zeros(experts, hidden_size) if plain else None)
         self.register_buffer("directions", torch.zeros(rank, hidden_size))
         self.register_buffer("variances", torch.ones(rank))
         self.register_buffer("floor", torch.ones(()))
@@ -94,9 +101,14 @@ class Mahalanobis(nn.Module):
         return self.distances(standardised).amin(dim=-1)
 
     def distances(self, standardised: Float[Tensor, "batch hidden"]) -> Float[Tensor, "batch experts"]:
-        """To each expert's mean."""
-        ours, means = self.whitened(standardised), self.whitened(self.means)
-        return torch.cdist(ours, means, compute_mode="donot_use_mm_for_euclid_dist")  # products would cancel
+        """To each expert's mean, or the nearer of its two."""
+        return self.by_form(standardised).amin(dim=-1)
+
+    def by_form(self, standardised: Float[Tensor, "batch hidden"]) -> Float[Tensor, "batch experts forms"]:
+        """To each expert's mean with, and where there is one without, templates."""
+        ours = self.whitened(standardised)
+        forms = [self.means] if self.plain is None else [self.means, self.plain]
+        return torch.stack([_distances(ours, self.whitened(means)) for means in forms], dim=-1)
 
     def whitened(self, z: Float[Tensor, "rows hidden"]) -> Float[Tensor, "rows rank_and_hidden"]:
         """Where Euclidean distances are Mahalanobis distances: along the directions, then what is left of `z`."""
@@ -105,8 +117,20 @@ class Mahalanobis(nn.Module):
         return torch.cat([along / self.variances.float().sqrt(), (z - along @ directions) / self.floor.sqrt()], dim=-1)
 
 
+def looks_plain(distances: Float[Tensor, "batch experts forms"]) -> Bool[Tensor, " batch"] | None:
+    """Whether the nearest mean is of prompts without templates; None where there are no such means."""
+    return None if distances.shape[-1] == 1 else distances.amin(dim=1).argmin(dim=-1) == 1
+
+
+def _distances(ours: Tensor, means: Tensor) -> Float[Tensor, "batch experts"]:
+    return torch.cdist(ours, means, compute_mode="donot_use_mm_for_euclid_dist")  # products would cancel
+
+
 def fit_mahalanobis(
-    standardised: Float[Tensor, "prompts hidden"], labels: Int[Tensor, " prompts"], experts: int
+    standardised: Float[Tensor, "prompts hidden"],
+    labels: Int[Tensor, " prompts"],
+    experts: int,
+    plain: Bool[Tensor, " prompts"] | None = None,
 ) -> Mahalanobis:
     """Means of each expert's training prompts, and one covariance about them, shrunk as Ledoit and Wolf (2004) do.
 
@@ -114,19 +138,26 @@ def fit_mahalanobis(
 
     Args:
         labels: index of the expert whose prompt each is; every expert has one.
+        plain: which prompts come without their template; an expert without any has one mean.
     """
     from sklearn.covariance import ledoit_wolf_shrinkage
 
     z = standardised.detach().double()
-    means = torch.stack([z[labels == expert].mean(dim=0) for expert in range(experts)])
-    about = z - means[labels]
+    bare = torch.zeros_like(labels, dtype=torch.bool) if plain is None else plain
+    means = torch.stack([z[(labels == expert) & ~bare].mean(dim=0) for expert in range(experts)])
+    plain_means = means.clone()
+    for expert in labels[bare].unique().tolist():
+        plain_means[expert] = z[(labels == expert) & bare].mean(dim=0)
+    about = z - torch.where(bare[:, None], plain_means[labels], means[labels])
     _, roots, directions = torch.linalg.svd(about, full_matrices=False)
     variances = roots.square() / len(z)
     mean_variance = float(variances.sum()) / z.shape[1]
     shrinkage = float(ledoit_wolf_shrinkage(about.numpy(), assume_centered=True))
     kept = roots > 1e-6 * max(float(roots.max()), 1e-6)
-    detector = Mahalanobis(experts, z.shape[1], int(kept.sum()))
+    detector = Mahalanobis(experts, z.shape[1], int(kept.sum()), plain=bool(bare.any()))
     detector.means.copy_(means)
+    if detector.plain is not None:
+        detector.plain.copy_(plain_means)
     detector.directions.copy_(directions[kept])
     detector.variances.copy_((1 - shrinkage) * variances[kept] + shrinkage * mean_variance)
     detector.floor.fill_(max(shrinkage, 1e-6) * mean_variance if kept.any() else 1.0)
@@ -138,7 +169,7 @@ def empty_detector(state: Mapping[str, Tensor], prefix: str = "") -> Mahalanobis
     means, directions = (state.get(f"{prefix}detector.{name}") for name in ("means", "directions"))
     if means is None or directions is None or means.dim() != 2:
         return None
-    return Mahalanobis(*means.shape, rank=len(directions))
+    return Mahalanobis(*means.shape, rank=len(directions), plain=f"{prefix}detector.plain" in state)
 
 
 def energy(logits: Float[Tensor, "batch experts"], temperature: Float[Tensor, ""]) -> Float[Tensor, " batch"]:
@@ -151,9 +182,22 @@ def energy(logits: Float[Tensor, "batch experts"], temperature: Float[Tensor, ""
     return -temperature * logits.logsumexp(dim=-1)
 
 
-def larger(scores: Mapping[str, Float[Tensor, " batch"]], typical: Mapping[str, Sequence[float]]) -> Tensor:
-    """The score `both`, from each single one."""
-    standardised = [(scores[name] - mean) / std for name, (mean, std) in sorted(typical.items())]
+def larger(
+    scores: Mapping[str, Float[Tensor, " batch"]],
+    typical: Mapping[str, Sequence[float]],
+    plain: Bool[Tensor, " batch"] | None = None,
+) -> Float[Tensor, " batch"]:
+    """The score `both`, from each single one.
+
+    Args:
+        plain: which prompts are to be compared with those without templates.
+    """
+    standardised = []
+    for name, (mean, std, *of_plain) in sorted(typical.items()):
+        usual = (scores[name] - mean) / std
+        if plain is not None and of_plain:
+            usual = torch.where(plain, (scores[name] - of_plain[0]) / of_plain[1], usual)
+        standardised.append(usual)
     return torch.stack(standardised).amax(dim=0)
 
 
@@ -166,7 +210,9 @@ def strangeness(
     """How strange pooled prompts are to a `SequenceRouter`, which found these calibrated logits for them."""
     if limits.score == "energy":
         return energy(logits, router.temperature)
-    distance = router.detector(router.standardised(pooled))
+    by_form = router.detector.by_form(router.standardised(pooled))
+    distance = by_form.amin(dim=(1, 2))
     if limits.score == "mahalanobis":
         return distance
-    return larger({"mahalanobis": distance, "energy": energy(logits, router.temperature)}, limits.typical)
+    single = {"mahalanobis": distance, "energy": energy(logits, router.temperature)}
+    return larger(single, limits.typical, looks_plain(by_form))

@@ -71,7 +71,7 @@ def train_jointly(
             adapter, or an unfinished run that was not to be resumed or is of one task alone.
     """
     _check(wanted, batch_size)
-    opened = [(one, *open_run(one, model_name, rows)) for one in wanted]
+    opened = [(one, *open_run(one, model_name, rows, computing)) for one in wanted]
     left = [(one, run, examples) for one, run, examples in opened if not run.finished]
     if left:
         _train(left, model_name, batch_size, computing)

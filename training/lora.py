@@ -20,7 +20,7 @@ from moa.precision import dtype_of
 from moa.prefix import layer_list
 from moa.tasks import Example, Task
 from moa.training.data import completion_dataset
-from moa.training.record import Run, settings_of, text_sha256
+from moa.training.record import Run, asked_dtype, settings_of, text_sha256
 from moa.training.trainer import LoraTrainer
 
 ALL_LINEAR = "all-linear"
@@ -76,21 +76,21 @@ def train_adapter(wanted: Wanted, model_name: str, *, rows: Mapping[str, Any], c
     Raises:
         ValueError: the folder holds another adapter, or an unfinished run that was not to be resumed.
     """
-    run, examples = open_run(wanted, model_name, rows)
+    run, examples = open_run(wanted, model_name, rows, computing)
     if run.finished:
         return run.directory
     training = wanted.training
-    packing = training.packing or training.padding_free
-    model = load_base_model(model_name, packing=packing, **computing)
-    print(f"attention: {attention_of(model)}, {dtype_of(model)}", flush=True)
-    set_seed(training.seed)  # TRL draws the adapter's first factors before its own seed is set
-    trainer = LoraTrainer(
-        model=model,
-        args=replace(training, output_dir=str(run.directory)),
-        train_dataset=completion_dataset(examples),
-        processing_class=load_tokenizer(model_name),
-        peft_config=wanted.config_for(model),
-    )
+    with run.withdrawn_if_refused():
+        model = load_base_model(model_name, packing=training.packing or training.padding_free, **computing)
+        print(f"attention: {attention_of(model)}, {dtype_of(model)}", flush=True)
+        set_seed(training.seed)  # TRL draws the adapter's first factors before its own seed is set
+        trainer = LoraTrainer(
+            model=model,
+            args=replace(training, output_dir=str(run.directory)),
+            train_dataset=completion_dataset(examples),
+            processing_class=load_tokenizer(model_name),
+            peft_config=wanted.config_for(model),
+        )
     result = trainer.train(resume_from_checkpoint=run.checkpoint)
     trainer.save_model()
     if trainer.is_world_process_zero():
@@ -98,7 +98,9 @@ def train_adapter(wanted: Wanted, model_name: str, *, rows: Mapping[str, Any], c
     return run.directory
 
 
-def open_run(wanted: Wanted, model_name: str, rows: Mapping[str, Any]) -> tuple[Run, list[Example]]:
+def open_run(
+    wanted: Wanted, model_name: str, rows: Mapping[str, Any], computing: Mapping[str, str]
+) -> tuple[Run, list[Example]]:
     """The run that makes an adapter, which may be finished already, and the examples that it learns from.
 
     Raises:
@@ -113,6 +115,7 @@ def open_run(wanted: Wanted, model_name: str, rows: Mapping[str, Any]) -> tuple[
             "base_model": model_name,
             "training": {**settings_of(training), "max_length": training.max_length, **_packing(training)},
             "lora": _shape(wanted),
+            **asked_dtype(computing),
             "rows": len(examples),
             "rows_sha256": text_sha256(example.prompt + example.answer for example in examples),
         },

@@ -18,7 +18,7 @@ from moa.merging import find_method
 from moa.model import MoaModel
 from moa.precision import dtype_of
 from moa.tasks import Example, Task
-from moa.training.record import Run, forget_run, settings_of, text_sha256
+from moa.training.record import Run, asked_dtype, forget_run, settings_of, text_sha256
 from moa.training.router_fit import RouterFit, check_count
 from moa.training.router_options import RouterChoices
 from moa.training.router_report import REPORT_NAME, report, show_report, write_report
@@ -61,6 +61,7 @@ def train_mixture(
         "base_model": model_name,
         "experts": {name: read_adapter(path, name).sha256 for name, path in adapters.items()},
         "mixture": {**mixture, "fallback_method": fallback_method},
+        **asked_dtype(computing),
         **_record(training, choices, fit_on, held_out),
     }
     folder = Path(training.output_dir)
@@ -68,10 +69,11 @@ def train_mixture(
     if run.finished:
         print(f"kept {run.directory}: it was trained with these settings", flush=True)
         return
-    base = load_base_model(model_name, **computing)
-    model = MoaModel.from_adapters(base, adapters, **mixture)
-    model.set_fallback(fallback_method)
-    fit = RouterFit(model, load_tokenizer(model_name), fit_on, held_out, choices, training, plain)
+    with run.withdrawn_if_refused():
+        base = load_base_model(model_name, **computing)
+        model = MoaModel.from_adapters(base, adapters, **mixture)
+        model.set_fallback(fallback_method)
+        fit = RouterFit(model, load_tokenizer(model_name), fit_on, held_out, choices, training, plain)
     _fit_and_save(fit, run, folder)
 
 
@@ -116,6 +118,7 @@ def refit_router(
     record = {
         "base_model": model_name or config.base_model,
         "experts": {name: config.expert_sha256(name) for name in model.experts},
+        **asked_dtype(computing),
         **_record(training, choices, fit_on, held_out),
     }
     with training.main_process_first(desc="earlier fit"):
@@ -131,8 +134,10 @@ def refit_router(
     if run.finished:
         print(f"kept the router of {folder}: it was fitted with these settings", flush=True)
         return
-    tokenizer = load_tokenizer(model_name or config.base_model)
-    _fit_and_save(RouterFit(model, tokenizer, fit_on, held_out, choices, training, plain), run, folder)
+    with run.withdrawn_if_refused():
+        tokenizer = load_tokenizer(model_name or config.base_model)
+        fit = RouterFit(model, tokenizer, fit_on, held_out, choices, training, plain)
+    _fit_and_save(fit, run, folder)
 
 
 def _plain(tasks: Sequence[Task], choices: RouterChoices) -> list[Task | None]:

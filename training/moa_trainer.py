@@ -61,6 +61,7 @@ class MoaTrainerMixin:
         super().__init__(*args, **kwargs)
         _check(self, columns)
         _drop_thresholds(model)
+        _check_fallback(model)
         self.routing = routing or _training_mode(model)
         self.router_loss_weight = router_loss_weight
         self.data_collator = keep_task(self.data_collator, model.experts)
@@ -84,7 +85,8 @@ class MoaTrainerMixin:
     def _router_loss(self, task: Tensor) -> Tensor:
         if self.model.last_routing is None:
             raise ValueError(
-                "the rows name their task, and a pinned route asks no router: drop the column 'task', or the pin"
+                "the rows name their task, and no router was asked, for the route is pinned or tokens choose for "
+                "themselves: drop the column 'task', or route by the router"
             )
         return task_loss(self.model.last_routing.logits, task)
 
@@ -169,9 +171,8 @@ def refresh_fallback(model: MoaModel) -> None:
     """
     if not trained_experts(model):
         return
-    fallback = model.moa_config.fallback
     with undisturbed(model):
-        model.merge_fallback_again(weights=None if fallback is None else list(fallback.weights.values()))
+        model.merge_fallback_again()
 
 
 @contextmanager
@@ -198,7 +199,7 @@ def restore(model: MoaModel, directory: str | Path) -> None:
     """
     directory = Path(directory)
     missing = [f"expert {name!r}" for name in model.experts if not (directory / name).is_dir()]
-    parts = {ROUTER_NAME: model.moa_router, GATES_NAME: model.moa_gates}
+    parts = {ROUTER_NAME: model.moa_router, GATES_NAME: model.moa_gates if model.routes_by_gates else None}
     held = {name: part for name, part in parts.items() if part is not None}
     missing += [name for name in held if not (directory / name).is_file()]
     if missing:
@@ -225,6 +226,18 @@ def _router_learns(model: MoaModel) -> bool:
     return router is not None and any(parameter.requires_grad for parameter in router.parameters())
 
 
+def _check_fallback(model: MoaModel) -> None:
+    """Find out before the first step whether saving can merge the fallback anew."""
+    try:
+        refresh_fallback(model)
+    except ValueError as error:
+        raise ValueError(
+            "the merged adapter is merged anew from the experts at every save, and "
+            f"{model.moa_config.fallback.method!r} cannot ({error}): before the training call "
+            "model.set_fallback('svd'), or another method that reads the adapters alone"
+        ) from error
+
+
 def _drop_thresholds(model: MoaModel) -> None:
     """Drop thresholds that belong to the router as it was, with a warning."""
     fitted = model.moa_config.router
@@ -243,7 +256,7 @@ def _check(trainer: Trainer, columns: Sequence[str]) -> None:
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError(
             "nothing in this mixture is trainable: call model.moa_router.requires_grad_(True), "
-            "or model.set_requires_grad([names of experts])"
+            "model.moa_gates.requires_grad_(True), or model.set_requires_grad([names of experts])"
         )
     if trainer.label_smoother is not None or trainer.compute_loss_func is not None:
         raise ValueError(

@@ -6,7 +6,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -40,12 +41,14 @@ class Run:
         record: what decides the result, as JSON.
         finished: whether the result is there already.
         checkpoint: where an interrupted run left off; None starts from the beginning.
+        new: whether the record was written just now.
     """
 
     directory: Path
     record: dict[str, Any]
     finished: bool
     checkpoint: str | None
+    new: bool = False
 
     @classmethod
     def open(
@@ -74,7 +77,7 @@ class Run:
             if (directory / result).exists() or _checkpoint(directory):
                 raise ValueError(f"{directory} holds what this run did not make: choose another --output_dir")
             _write(file, record)
-            return cls(directory, record, finished=False, checkpoint=None)
+            return cls(directory, record, finished=False, checkpoint=None, new=True)
         earlier = json.loads(file.read_text())
         changed = [name for name in record if name != "versions" and earlier.get(name) != record[name]]
         if changed:
@@ -90,6 +93,16 @@ class Run:
                 "on, or choose another --output_dir"
             )
         return cls(directory, record, finished=False, checkpoint=checkpoint)
+
+    @contextmanager
+    def withdrawn_if_refused(self) -> Iterator[None]:
+        """What is refused inside the block was no run: its record goes, for it would stand in the way of the next."""
+        try:
+            yield
+        except (ValueError, FileNotFoundError):
+            if self.new:
+                (self.directory / RECORD_NAME).unlink(missing_ok=True)
+            raise
 
     def finish(self, **result: Any) -> None:
         """Add what came out; from now on the run counts as finished."""
@@ -107,6 +120,11 @@ def forget_run(directory: Path, result: str) -> None:
 def settings_of(training: TrainingArguments) -> dict[str, Any]:
     """The training arguments that decide the result."""
     return {name: getattr(training, name) for name in SETTINGS}
+
+
+def asked_dtype(computing: Mapping[str, str]) -> dict[str, str]:
+    """What decides the result of how the base model computes: a dtype that was asked for."""
+    return {} if computing["dtype"] == "auto" else {"dtype": computing["dtype"]}
 
 
 def text_sha256(texts: Iterable[str]) -> str:

@@ -10,13 +10,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from moa.calibration import conformal_quantile, fit_conformal, measure
 from moa.config import RouterConfig
 from moa.router import SequenceRouter
-from moa.strangeness import Abstention, Score, energy, larger
+from moa.strangeness import Abstention, Score, energy, larger, looks_plain
 from moa.training.router_options import NO_SCORE, RouterChoices
 
 
@@ -72,11 +72,13 @@ def with_doubt(
     """
     right, logits = targets.argmax(dim=-1), router(pooled)
     honest, chosen = halves(router, pooled, targets).max(dim=-1)
+    by_form = router.detector.by_form(router.standardised(pooled))
+    others = by_form.scatter(1, labels[:, None, None].expand(-1, -1, by_form.shape[-1]), torch.inf)
     found: dict[Score, Strangeness] = {
-        "mahalanobis": _strangeness(router.detector.distances(router.standardised(pooled)), labels),
+        "mahalanobis": Strangeness(by_form.amin(dim=(1, 2)), others.amin(dim=(1, 2))),
         "energy": _energies(logits, router.temperature, labels),
     }
-    found["both"] = _both(found)
+    found["both"] = _both(found, looks_plain(by_form), looks_plain(others))
     limits = None if choices.ood == NO_SCORE else found[choices.ood].limits(choices.ood, choices.ood_rate)
     return replace(
         config,
@@ -99,17 +101,25 @@ def halves(
     return found
 
 
-def _strangeness(distances: Float[Tensor, "prompts experts"], labels: Int[Tensor, " prompts"]) -> Strangeness:
-    others = distances.scatter(1, labels[:, None], torch.inf)
-    return Strangeness(distances.amin(dim=-1), others.amin(dim=-1))
+def _both(
+    single: Mapping[Score, Strangeness], plain: Bool[Tensor, " prompts"] | None, left_plain: Tensor | None
+) -> Strangeness:
+    """The larger of the single scores.
 
-
-def _both(single: Mapping[Score, Strangeness]) -> Strangeness:
-    typical = {name: [float(of.own.mean()), _spread(of.own)] for name, of in single.items()}
-    own, left_out = (
-        larger({name: getattr(of, part) for name, of in single.items()}, typical) for part in ("own", "left_out")
-    )
+    Args:
+        plain, left_plain: which prompts look as if they came without a template; and if their own expert is left out.
+    """
+    typical = {name: _typical(of.own, plain) for name, of in single.items()}
+    own = larger({name: of.own for name, of in single.items()}, typical, plain)
+    left_out = larger({name: of.left_out for name, of in single.items()}, typical, left_plain)
     return Strangeness(own, left_out, typical)
+
+
+def _typical(scores: Float[Tensor, " prompts"], plain: Bool[Tensor, " prompts"] | None) -> list[float]:
+    """Mean and standard deviation; of either form where there are prompts enough with and without templates."""
+    split = plain is not None and min(int(plain.sum()), int((~plain).sum())) > 1
+    forms = [scores[~plain], scores[plain]] if split else [scores]
+    return [number for form in forms for number in (float(form.mean()), _spread(form))]
 
 
 def _spread(scores: Float[Tensor, " prompts"]) -> float:

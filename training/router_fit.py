@@ -20,7 +20,7 @@ from moa.model import MoaModel
 from moa.prefix import candidate_layers, check_layer
 from moa.router import SequenceRouter
 from moa.router_checks import describe_router
-from moa.strangeness import Score, fit_mahalanobis
+from moa.strangeness import Mahalanobis, Score, fit_mahalanobis
 from moa.tasks import Example
 from moa.training.adapter_losses import losses_of_experts
 from moa.training.label_noise import LabelNoise, find_label_noise
@@ -141,7 +141,7 @@ class RouterFit:
         judged = judge(chosen, router, self.unseen)
         objective, layer, names = self.choices.objective, chosen.layer, self.model.experts
         seen, unseen = (split.pooled(router, layer) for split in (self.seen, self.unseen))
-        router.detector = fit_mahalanobis(router.standardised(seen), self.labels[0], len(names))
+        router.detector = self._detector(router, seen)
         others = self._others(chosen) if self.choices.granularity == "layer" else []
         router.others = nn.ModuleDict({str(one.candidate.layer): other for one, other in others})
         config = describe_router(self.model, router, layer, objective=objective, tokenizer=self.tokenizer)
@@ -174,10 +174,13 @@ class RouterFit:
             candidate = replace(chosen, layer=layer)
             router = quietly_fitted(candidate, self.seen, self.choices.hidden_units, self.training)
             judged = judge(candidate, router, self.unseen)
-            seen = router.standardised(self.seen.pooled(router, layer))
-            router.detector = fit_mahalanobis(seen, self.labels[0], len(self.model.experts))
+            router.detector = self._detector(router, self.seen.pooled(router, layer))
             fitted.append((judged, router))
         return fitted
+
+    def _detector(self, router: SequenceRouter, seen: Float[Tensor, "prompts hidden"]) -> Mahalanobis:
+        plain = torch.arange(len(seen)) >= self.written[0]
+        return fit_mahalanobis(router.standardised(seen), self.labels[0], len(self.model.experts), plain)
 
     def _read_tokens(self, layer: int) -> None:
         """The states of all tokens at a layer, which attention learns to pool."""

@@ -96,6 +96,8 @@ class RouterChoices:
         for option in ("ood_rate", "coverage"):
             if not 0 < getattr(self, option) < 1:
                 raise ValueError(f"--{option} must lie between 0 and 1, got {getattr(self, option)}")
+        if self.granularity == "layer" and self.objective == "language_model":
+            raise ValueError("--granularity layer is fitted to --objective task or utility, not language_model")
         if self.granularity == "layer" and self.layers is not None and len(set(self.layers)) < 2:
             raise ValueError("--granularity layer puts routers at several depths: name two layers or more in --layers")
         if self.objective == "language_model" and self.heads == ["centroid"]:

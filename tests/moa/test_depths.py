@@ -124,3 +124,30 @@ def test_layers_cannot_be_routed_apart_by_one_router(base_model, adapters):
     model.set_router(SequenceRouter(32, 3))
     with pytest.raises(ValueError, match=r"a router at one depth only: fit them with 'moa fit-router"):
         model.set_granularity("layer")
+
+
+@pytest.mark.parametrize(
+    "depth, other, said",
+    [
+        (
+            "3",
+            SequenceRouter(32, 3, pooling="last"),
+            "the router of layer 3 has pooling 'last', that of layer 1 'mean'",
+        ),
+        ("3", SequenceRouter(32, 2), "has num_experts 2, that of layer 1 3"),
+        ("1", SequenceRouter(32, 3), "is called by the layer that it reads: got '1'"),
+        ("x", SequenceRouter(32, 3), "is called by the layer that it reads: got 'x'"),
+    ],
+)
+def test_routers_that_are_unlike_each_other_are_refused(base_model, adapters, depth, other, said):
+    model = MoaModel.from_adapters(base_model, adapters, router_layer=1)
+    router = SequenceRouter(32, 3)
+    router.others[depth] = other
+    with pytest.raises(ValueError, match=said):
+        model.set_router(router)
+
+
+def test_a_layer_that_no_router_reads_has_no_features(model):
+    with pytest.raises(ValueError, match="no router of this mixture reads layer 2"):
+        model.features(PROMPT, layer=2)
+    torch.testing.assert_close(model.features(PROMPT, layer=1), model.features(PROMPT))

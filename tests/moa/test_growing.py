@@ -194,10 +194,15 @@ def test_without_a_router_only_the_adapter_comes(model, adapters):
 
 
 def test_a_merge_that_cannot_be_made_again_is_dropped_with_a_word(model, adapters):
-    model.set_fallback("factor_sum", adapters=["cats"])
-    with pytest.warns(UserWarning, match="no merged adapter now, for 'factor_sum' cannot"):
+    model.set_fallback("slerp", weights=[0.5, 0.5])  # of two adapters
+    with pytest.warns(UserWarning, match="no merged adapter now, for 'slerp' cannot"):
         model.add_expert("films", adapters["films"])
     assert model.moa_config.fallback is None and "default" not in model.peft_config
+
+
+def test_a_merge_of_chosen_experts_stays_one_of_those(model, adapters):
+    model.set_fallback("svd", adapters=["cats"])
+    assert set(model.add_expert("films", adapters["films"]).fallback.weights) == {"cats"}
 
 
 @pytest.mark.parametrize(

@@ -136,3 +136,13 @@ def test_a_padded_batch_after_a_packed_one_is_read_as_what_it_is(model, packed, 
         torch.testing.assert_close(model(**padded).logits, first)
         model(**packed)
         model.generate(input_ids=padded["input_ids"], max_new_tokens=2)
+
+
+@torch.no_grad()
+def test_sequences_that_say_only_which_token_is_whose_do_not_see_each_other(model, packed):
+    expected = model(**packed).logits
+    without = {name: packed[name] for name in ("input_ids", "labels", "seq_idx")}
+    torch.testing.assert_close(model(**without).logits, expected)
+    with model.pinned(["cats"]), model.route_state.set(broadcast=True):
+        alone = model(**packed).logits
+        torch.testing.assert_close(model(**without).logits, alone)

@@ -6,8 +6,16 @@ import threading
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, StaticCache, TextIteratorStreamer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DynamicCache,
+    GenerationConfig,
+    StaticCache,
+    TextIteratorStreamer,
+)
 
+from moa.arrow import ArrowRouter
 from moa.model import MoaModel
 from moa.router import SequenceRouter
 from moa.routing import Routing
@@ -155,3 +163,33 @@ def test_padding_on_either_side_changes_nothing(model, stock, base_folder, side)
             expected = stock(name)(**one).logits[0]
         torch.testing.assert_close(mixed[row][batch["attention_mask"][row].bool()], expected, rtol=1e-4, atol=1e-4)
     assert names
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda model: model.using("cats"),
+        lambda model: model.using_base(),
+        lambda model: model.disable_adapter(),
+        lambda model: model.route_state.set(layer_router=ArrowRouter(model.get_base_model(), model.experts)),
+    ],
+    ids=["one adapter", "base", "disabled", "tokens"],
+)
+def test_a_conversation_cannot_go_on_by_another_way_than_it_began(model, other):
+    cache = DynamicCache()
+    first = model.generate(input_ids=PROMPT, past_key_values=cache, **GREEDY)
+    both = torch.cat([first, MORE], dim=1)
+    with other(model), pytest.raises(ValueError, match="written with another route"):
+        model.generate(input_ids=both, past_key_values=copy.deepcopy(cache), **GREEDY)
+    with other(model):
+        cache = DynamicCache()
+        began = model.generate(input_ids=PROMPT, past_key_values=cache, **GREEDY)
+        model.generate(input_ids=torch.cat([began, MORE], dim=1), past_key_values=copy.deepcopy(cache), **GREEDY)
+    with model.pinned(["dogs"]), pytest.raises(ValueError, match="written with another route"):
+        model.generate(input_ids=both, past_key_values=cache, **GREEDY)
+
+
+def test_a_config_that_leaves_beams_open_has_those_of_the_model(model):
+    expected = model.generate(input_ids=PROMPT, num_beams=3, **GREEDY)
+    model.generation_config.num_beams = 3
+    assert torch.equal(model.generate(input_ids=PROMPT, generation_config=GenerationConfig(**GREEDY)), expected)

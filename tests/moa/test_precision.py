@@ -49,5 +49,5 @@ def test_an_explicit_choice_wins(in_bfloat16, monkeypatch, asked, got):
 
 
 def test_a_dtype_that_does_not_exist_is_refused_before_a_model_is_looked_for():
-    with pytest.raises(ValueError, match="no dtype is called 'bflota16'.*did you mean 'bfloat16'"):
+    with pytest.raises(ValueError, match="no dtype is called 'bflota16': choose one of .*; did you mean 'bfloat16'"):
         load_base_model("no-such-model", dtype="bflota16")

@@ -259,3 +259,23 @@ def test_a_mixture_without_a_router_can_be_saved_and_loaded(base_folder, adapter
     assert "without a router yet" in (tmp_path / "bare" / "README.md").read_text()
     with loaded.pinned(["cats", "dogs"]):
         assert logits(loaded).isfinite().all()
+
+
+def test_a_mixture_from_before_fallbacks_knew_their_settings_is_read(model, tmp_path, base_folder):
+    model.set_fallback("svd")
+    model.save_pretrained(tmp_path / "saved")
+    config = tmp_path / "saved" / "moa_config.json"
+    described = json.loads(config.read_text())
+    del described["fallback"]["settings"]
+    config.write_text(json.dumps(described))
+    assert MoaModel.from_pretrained(str(base_folder), tmp_path / "saved").moa_config.fallback.settings == {}
+    described["fallback"]["settings"] = None
+    config.write_text(json.dumps(described))
+    with pytest.raises(ValueError, match="fallback cannot be read"):
+        MoaModel.from_pretrained(str(base_folder), tmp_path / "saved")
+
+
+def test_a_loaded_base_cannot_be_loaded_otherwise(model, tmp_path, base_model):
+    model.save_pretrained(tmp_path / "saved")
+    with pytest.raises(ValueError, match="for a base model that is loaded here"):
+        MoaModel.from_pretrained(base_model, tmp_path / "saved", dtype="bfloat16")

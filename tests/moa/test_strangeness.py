@@ -15,7 +15,7 @@ from moa.model import MoaModel
 from moa.router import SequenceRouter
 from moa.router_checks import describe_router
 from moa.routing import BASE, EXPERT, MERGED, Routing, fall_back
-from moa.strangeness import Abstention, energy, fit_mahalanobis
+from moa.strangeness import Abstention, energy, fit_mahalanobis, larger, looks_plain
 
 IDS = torch.tensor([[5, 9, 12, 4], [4, 6, 10, 13], [7, 8, 3, 14]])
 
@@ -38,6 +38,28 @@ def test_distances_are_those_of_sklearns_covariance(prompts):
     squared = torch.stack([torch.tensor(sklearn.mahalanobis((new - mean).numpy())) for mean in means], dim=1)
     torch.testing.assert_close(detector.distances(new).double(), squared.double().sqrt(), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(detector(new), detector.distances(new).min(dim=1).values)
+
+
+def test_prompts_without_templates_have_means_of_their_own_about_one_covariance():
+    z, labels = some_prompts(60)
+    plain = torch.arange(60) >= 30
+    z = z + 5 * plain[:, None]
+    detector = fit_mahalanobis(z, labels, 3, plain)
+    clusters = labels + 3 * plain
+    means = torch.stack([z[clusters == cluster].mean(0) for cluster in range(6)])
+    sklearn = LedoitWolf(assume_centered=True).fit((z - means[clusters]).numpy())
+    squared = torch.stack([torch.tensor(sklearn.mahalanobis((z - mean).numpy())) for mean in means], dim=1)
+    by_form = squared.double().sqrt().view(60, 2, 3).transpose(1, 2)
+    torch.testing.assert_close(detector.by_form(z).double(), by_form, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(detector.distances(z), detector.by_form(z).amin(dim=-1))
+    assert torch.equal(looks_plain(detector.by_form(z)), by_form.amin(dim=1).argmin(dim=-1) == 1)
+    assert (looks_plain(detector.by_form(z)) == plain).float().mean() > 0.9
+
+
+def test_each_prompt_is_compared_with_what_is_typical_of_its_own_form():
+    scores = {"mahalanobis": torch.tensor([3.0, 3.0]), "energy": torch.tensor([-4.0, -4.0])}
+    typical = {"mahalanobis": [1.0, 2.0, 5.0, 1.0], "energy": [-6.0, 4.0, -6.0, 1.0]}
+    assert larger(scores, typical, torch.tensor([False, True])).tolist() == [1.0, 2.0]
 
 
 def test_what_never_varied_in_training_is_strange_later():

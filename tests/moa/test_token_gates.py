@@ -1,5 +1,7 @@
 """Token gates: what they mix, that a cache changes nothing, that they learn, and that they are saved."""
 
+import json
+
 import pytest
 import torch
 from datasets import Dataset
@@ -104,7 +106,29 @@ def test_experts_that_cannot_be_mixed_and_ways_that_do_not_exist_are_refused(
     model, base_folder, make_adapter, tmp_path
 ):
     dora = make_adapter(tmp_path / "dora", use_dora=True)
+    mixture = MoaModel.from_adapters(str(base_folder), {"dora": dora})
     with pytest.raises(ValueError, match="expert 'dora' is a DoRA adapter"):
-        MoaModel.from_adapters(str(base_folder), {"dora": dora}).set_granularity("token", by="gates")
+        mixture.set_granularity("token", by="gates")
+    assert mixture.moa_gates is None and mixture.moa_config.granularity == "sequence"
     with pytest.raises(ValueError, match="tokens are not routed by 'xlora': choose one of arrow, gates"):
         model.set_granularity("token", by="xlora")
+
+
+def test_gates_that_diverged_or_are_gone_are_refused(opinionated, base_folder, tmp_path):
+    opinionated.moa_gates.gates[0].weight.data.fill_(torch.nan)
+    opinionated.save_pretrained(tmp_path / "saved")
+    with pytest.raises(ValueError, match="holds NaN or infinite values"):
+        MoaModel.from_pretrained(str(base_folder), tmp_path / "saved")
+    config = tmp_path / "saved" / "moa_config.json"
+    described = json.loads(config.read_text())
+    del described["sha256"]["moa_gates.safetensors"]
+    config.write_text(json.dumps(described))
+    (tmp_path / "saved" / "moa_gates.safetensors").unlink()
+    with pytest.raises(ValueError, match="does not hold the gates by which"):
+        MoaModel.from_pretrained(str(base_folder), tmp_path / "saved")
+
+
+def test_experts_may_change_once_gates_no_longer_route(model):
+    model.set_granularity("sequence")
+    model.remove_expert("cats")
+    assert model.moa_gates is None

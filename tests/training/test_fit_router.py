@@ -418,3 +418,14 @@ def test_a_router_knows_prompts_without_their_templates_too(command, mixture, to
 def test_what_answers_decide_is_fitted_to_prompts_as_they_were_trained(command, mixture):
     main(command(*ONE, "--objective", "utility", plain=True))
     assert reported(mixture)["plain"] is None
+
+
+def test_what_is_refused_leaves_no_run_in_the_way_of_the_next(command, mixture, refusal):
+    assert "layers 1 to 4" in refusal(main, command("--layers", "1", "9"))
+    main(command(*ONE))
+    assert reported(mixture)["chosen"]["layer"] == 1
+
+
+def test_another_dtype_is_another_run(command, mixture, refusal):
+    main(command(*ONE, "--dtype", "float32"))
+    assert "made otherwise (its dtype differ)" in refusal(main, command(*ONE, "--dtype", "bfloat16"))

@@ -177,3 +177,4 @@ def test_a_first_layer_that_the_model_does_not_have_is_refused(command, refusal)
     assert "--lora_first_layer 4 is no layer of this model: it has 0 to 3" in refusal(
         main, command("--lora_first_layer", "4")
     )
+    main(command("--lora_first_layer", "3"))  # and leaves nothing in the way
