@@ -162,18 +162,18 @@ def unbeatable(judged: Judged) -> bool:
 def best_of(judged: Sequence[Judged]) -> Judged:
     """The most accurate, then the likeliest, then the cheapest.
 
-    Where the likelihoods of equally accurate routers lie within `NEGLIGIBLE`, or within a standard error of their
-    difference on the same prompts, nothing tells them apart: the shallower layer, then the simpler head and pooling.
+    Where accuracies lie within two standard errors of their difference on the same prompts, nothing tells routers apart;
+    then likelihoods are compared, within one, and at last the layer, the head and the pooling: the shallower and simpler.
     """
-    most = max(one.accuracy for one in judged)
-    accurate = [one for one in judged if one.accuracy == most]
+    most = max(judged, key=lambda one: (one.accuracy, -one.nll))
+    accurate = [one for one in judged if not _surely_worse(most.right.float() - one.right.float(), 2)]
     likeliest = min(accurate, key=lambda one: one.nll)
     alike = [one for one in accurate if not _surely_worse(one.losses - likeliest.losses)]
     return min(alike, key=lambda one: _cost(one.candidate))
 
 
-def _surely_worse(difference: Float[Tensor, " prompts"]) -> bool:
-    error = difference.std(correction=0) / len(difference) ** 0.5
+def _surely_worse(difference: Float[Tensor, " prompts"], errors: float = 1) -> bool:
+    error = errors * difference.std(correction=0) / len(difference) ** 0.5
     return bool(difference.mean() > error.clamp_min(NEGLIGIBLE))
 
 
