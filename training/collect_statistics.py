@@ -85,7 +85,7 @@ def paired(given: Sequence[str], tasks: Sequence[str]) -> dict[str, str]:
     """
     from moa.training.data import find_adapters
 
-    one_for_all = len(given) == 1 and not (Path(given[0]) / "adapter_config.json").is_file()
+    one_for_all = len(given) == 1 and all((Path(given[0]) / task).is_dir() for task in tasks)  # a mixture's, too
     if one_for_all or any("=" in one for one in given):
         found = find_adapters(given, tasks)
     elif len(given) == len(tasks):

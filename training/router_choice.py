@@ -162,8 +162,9 @@ def unbeatable(judged: Judged) -> bool:
 def best_of(judged: Sequence[Judged]) -> Judged:
     """The most accurate, then the likeliest, then the cheapest.
 
-    Where accuracies lie within two standard errors of their difference on the same prompts, nothing tells routers apart;
-    then likelihoods are compared, within one, and at last the layer, the head and the pooling: the shallower and simpler.
+    Where accuracies lie within two standard errors of their difference on the same prompts, nothing tells routers
+    apart; then likelihoods are compared, within one, and at last the layer, the head and the pooling: the shallower
+    and simpler one.
     """
     most = max(judged, key=lambda one: (one.accuracy, -one.nll))
     accurate = [one for one in judged if not _surely_worse(most.right.float() - one.right.float(), 2)]
