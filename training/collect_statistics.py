@@ -85,7 +85,8 @@ def paired(given: Sequence[str], tasks: Sequence[str]) -> dict[str, str]:
     """
     from moa.training.data import find_adapters
 
-    one_for_all = len(given) == 1 and all((Path(given[0]) / task).is_dir() for task in tasks)  # a mixture's, too
+    held = {name for name in ("adapter_config.json", "moa_config.json") if (Path(given[0]) / name).is_file()}
+    one_for_all = len(given) == 1 and held != {"adapter_config.json"}  # a mixture's folder holds both
     if one_for_all or any("=" in one for one in given):
         found = find_adapters(given, tasks)
     elif len(given) == len(tasks):

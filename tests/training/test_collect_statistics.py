@@ -138,3 +138,9 @@ def test_bad_input_is_one_sentence_and_status_two(command, refusal, words, said,
 def test_one_adapter_for_two_tasks_is_refused(command, refusal, folders):
     same = str(folders["sst2"])
     assert "names one adapter twice" in refusal(main, command("--adapters", same, same))
+
+
+def test_the_experts_of_a_mixture_are_found_in_its_folder(command, folders, base_folder, tmp_path):
+    MoaModel.from_adapters(str(base_folder), folders).save_pretrained(tmp_path / "moa")
+    main(command("--adapters", str(tmp_path / "moa")))
+    assert all((tmp_path / "moa" / task / STATISTICS_FILE).is_file() for task in folders)
