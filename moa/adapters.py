@@ -189,6 +189,17 @@ def from_model(model, adapter_name: str, *, dtype: torch.dtype = torch.float32) 
     )
 
 
+def settle_configs(model) -> None:
+    """Put the names in the adapters' configs in order, so that equal adapters are saved as equal files.
+
+    PEFT keeps them as sets, whose order is another in every process.
+    """
+    for config in model.peft_config.values():
+        for field_name in ("target_modules", "exclude_modules", "modules_to_save"):
+            if isinstance(getattr(config, field_name, None), set):
+                setattr(config, field_name, sorted(getattr(config, field_name)))
+
+
 def _live_tensors(base, adapter_name: str, bias: str) -> tuple[dict[str, Tensor], dict[str, float]]:
     """What PEFT would store of this adapter, under the same names, and the scaling of each of its layers."""
     from peft.tuners.lora import LoraLayer

@@ -75,6 +75,7 @@ def add_expert(
         own = torch.cat([one(rest).argmax(dim=-1) for one, rest in folds(router, pooled)]) == len(model.experts)
         after = {name: float(own.float().mean())} | _accuracies(grown, held_out, judged, (*model.experts, name))
     model.load_adapter(adapter.path, name)
+    model.expert_folders[name] = adapter.path
     if router is not None:
         router = grown
     return Growth(before, after, _finish(model, (*model.experts, name), router, fitted))
@@ -100,6 +101,7 @@ def remove_expert(
     if name in model.active_adapters:
         model.set_adapter(left[0], inference_mode=True)
     model.delete_adapter(name)
+    model.expert_folders.pop(name, None)
     fitted = replace(model.moa_config.router, calibration=None)
     return Growth(before, after, _finish(model, left, router, fitted))
 

@@ -35,7 +35,12 @@ class MoaModel(RoutedModel):
 
     `RoutingModel` has what it makes of a prompt (`route`, `set_router`, `set_granularity`; `moa_config`, `moa_router`,
     `route_state`), `RoutedModel` what it does with it (`forward`, `generate`, `pinned`, `using`).
+
+    Attributes:
+        expert_folders: where each expert was loaded from, if that is on this machine, to find its statistics there.
     """
+
+    expert_folders: dict[str, Path]
 
     @classmethod
     def from_adapters(
@@ -76,6 +81,7 @@ class MoaModel(RoutedModel):
             check_base=check_base,
         )
         model.moa_router = model.moa_gates = None
+        model.expert_folders = {name: Path(path) for name, path in adapters.items() if Path(path).is_dir()}
         model.route_state = RouteState(tuple(adapters), model.peft_config)
         install(model.get_base_model(), model.route_state)
         model.set_granularity(granularity)
@@ -147,12 +153,13 @@ class MoaModel(RoutedModel):
             weights: one for each adapter; default 1/N each.
             rank: rank of the merged adapter; the default depends on the method.
             into: also load the merged adapter into this model, under this name.
-            options: options of the method, `scale` and `seed`.
+            options: options of the method, `scale` and `seed`. Statistics that a method needs are found where
+                `moa statistics` wrote them, in the folders that the experts were loaded from.
 
         Raises:
             ValueError: an unknown adapter, method or option, or a name in `into` that is taken or not usable.
         """
-        from moa.merging import merge
+        from moa.merging import find_method, merge
 
         if into == FALLBACK:
             raise ValueError(f"{FALLBACK!r} is the fallback's name: make it with set_fallback, or choose another name")
@@ -166,6 +173,8 @@ class MoaModel(RoutedModel):
             if name not in self.peft_config:
                 raise ValueError(f"no adapter is called {name!r}: this model holds {', '.join(self.peft_config)}")
         options.setdefault("check_base", self.moa_config.check_base)
+        if "statistics" in find_method(method).needs and (beside := self._statistics_of(names)):
+            options.setdefault("statistics", beside)
         members = [from_model(self, name) for name in names]
         if any(member.extras for member in members):  # DoRA's merge depends on the base model's weights
             options.setdefault("base", self)
@@ -173,6 +182,13 @@ class MoaModel(RoutedModel):
         if into is not None:
             self._add(into, result)
         return result
+
+    def _statistics_of(self, names: Sequence[str]) -> list[Path]:
+        """What `moa statistics` wrote into the folders of these experts; none unless all have it."""
+        from moa.merging.statistics import STATISTICS_FILE
+
+        files = [self.expert_folders[name] / STATISTICS_FILE for name in names if name in self.expert_folders]
+        return files if len(files) == len(names) and all(file.is_file() for file in files) else []
 
     def _add(self, name: str, merged: MergeResult) -> None:
         add_to_model(self, name, merged.modules, kinds=merged.kinds, extras=merged.extras)

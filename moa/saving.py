@@ -22,7 +22,7 @@ from peft import PeftModelForCausalLM
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from moa.adapters import file_sha256, from_model
+from moa.adapters import file_sha256, from_model, settle_configs
 from moa.base_model import load_base_model, same_base
 from moa.card import mixture_card
 from moa.config import CONFIG_NAME, FALLBACK, GATES_NAME, ROUTER_NAME, MoaConfig
@@ -119,6 +119,7 @@ def write_mixture(model: MoaModel, directory: Path, **kwargs: Any) -> None:
             )
         model.set_fallback()
     kwargs.pop("selected_adapters", None)
+    settle_configs(model)
     PeftModelForCausalLM.save_pretrained(model, str(directory), selected_adapters=[*model.experts, FALLBACK], **kwargs)
     config = model.moa_config
     config.versions = {package: version(package) for package in PACKAGES}

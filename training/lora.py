@@ -13,7 +13,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from trl import SFTConfig
 
-from moa.adapters import WEIGHTS_FILE, check_name
+from moa.adapters import WEIGHTS_FILE, check_name, settle_configs
 from moa.attention import attention_of
 from moa.base_model import load_base_model, load_tokenizer
 from moa.precision import dtype_of
@@ -91,6 +91,7 @@ def train_adapter(wanted: Wanted, model_name: str, *, rows: Mapping[str, Any], c
             processing_class=load_tokenizer(model_name),
             peft_config=wanted.config_for(model),
         )
+    settle_configs(trainer.model)
     result = trainer.train(resume_from_checkpoint=run.checkpoint)
     trainer.save_model()
     if trainer.is_world_process_zero():
@@ -140,6 +141,7 @@ def add_adapters(model: PreTrainedModel, configs: Mapping[str, LoraConfig], seed
 
 def save_adapter(model: PeftModel, name: str, directory: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     """Save one of several adapters as PEFT saves the only one: at the root of its folder."""
+    settle_configs(model)
     model.save_pretrained(directory, selected_adapters=[name])
     for file in (directory / name).iterdir():
         file.replace(directory / file.name)

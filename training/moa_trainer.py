@@ -228,6 +228,8 @@ def _router_learns(model: MoaModel) -> bool:
 
 def _check_fallback(model: MoaModel) -> None:
     """Find out before the first step whether saving can merge the fallback anew."""
+    for name in trained_experts(model):  # what lies beside an adapter was collected before this training
+        model.expert_folders.pop(name, None)
     try:
         refresh_fallback(model)
     except ValueError as error:

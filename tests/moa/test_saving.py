@@ -279,3 +279,10 @@ def test_a_loaded_base_cannot_be_loaded_otherwise(model, tmp_path, base_model):
     model.save_pretrained(tmp_path / "saved")
     with pytest.raises(ValueError, match="for a base model that is loaded here"):
         MoaModel.from_pretrained(base_model, tmp_path / "saved", dtype="bfloat16")
+
+
+def test_the_names_of_modules_are_saved_in_order(model, tmp_path):
+    model.save_pretrained(tmp_path / "saved")
+    for config in (tmp_path / "saved").rglob("adapter_config.json"):
+        modules = json.loads(config.read_text())["target_modules"]
+        assert modules == sorted(modules) and len(modules) > 1

@@ -144,3 +144,17 @@ def test_the_experts_of_a_mixture_are_found_in_its_folder(command, folders, base
     MoaModel.from_adapters(str(base_folder), folders).save_pretrained(tmp_path / "moa")
     main(command("--adapters", str(tmp_path / "moa")))
     assert all((tmp_path / "moa" / task / STATISTICS_FILE).is_file() for task in folders)
+
+
+def test_a_mixture_merges_with_the_statistics_beside_its_experts(command, folders, base_folder, tmp_path):
+    MoaModel.from_adapters(str(base_folder), folders).save_pretrained(tmp_path / "moa")
+    main(command("--adapters", str(tmp_path / "moa")))
+    model = MoaModel.from_pretrained(str(base_folder), tmp_path / "moa")
+    merged = model.set_fallback("regmean", rank=2)
+    expected = merge([tmp_path / "moa" / task for task in folders], "regmean", rank=2)
+    assert merged.modules.keys() == expected.modules.keys()
+    for name, update in expected.modules.items():
+        assert torch.equal(merged.modules[name].A, update.A) and torch.equal(merged.modules[name].B, update.B)
+    del model.expert_folders["squad"]
+    with pytest.raises(ValueError, match="is in memory, with no file of statistics beside it"):
+        model.merge_fallback_again()

@@ -283,7 +283,7 @@ def test_bad_input_is_refused_in_one_sentence(make_model, rows, arguments, train
     running = trainer(MoaTrainer, make_model(), arguments(), rows)
     with pytest.raises(ValueError, match="a row's task is 'birds', and the experts are cats, dogs, films"):
         running.data_collator([{**rows[0], "task": "birds"}])
-    with running.model.pinned(["cats"] * 4), pytest.raises(ValueError, match="no router was asked, for the route is pinned"):
+    with running.model.pinned(["cats"] * 4), pytest.raises(ValueError, match="no router was asked"):
         running.compute_loss(running.model, running.data_collator([rows[index] for index in range(4)]))
     with pytest.raises(ValueError, match="has no expert 'cats'"):
         running.train(resume_from_checkpoint=running.args.output_dir)

@@ -178,3 +178,15 @@ def test_a_first_layer_that_the_model_does_not_have_is_refused(command, refusal)
         main, command("--lora_first_layer", "4")
     )
     main(command("--lora_first_layer", "3"))  # and leaves nothing in the way
+
+
+def test_the_config_of_an_adapter_has_the_same_bytes_in_every_process(base_folder, tmp_path):
+    saved = []
+    for hashes in ("1", "2"):
+        words = ["--task", "sst2", "--model", str(base_folder), "--source", "pocket", "--max_steps", "1"]
+        words += ["--train_rows", "8", "--output_dir", str(tmp_path / hashes)]
+        environment = {**os.environ, "PYTHONHASHSEED": hashes}
+        command = [sys.executable, "-m", "moa.training.train_lora", *words]
+        subprocess.run(command, env=environment, check=True, capture_output=True)
+        saved.append((tmp_path / hashes / "sst2" / "adapter_config.json").read_bytes())
+    assert saved[0] == saved[1]
