@@ -99,7 +99,7 @@ class RoutingModel(PeftModelForCausalLM):
             check_depths(self.moa_router)
         router = self._token_router(by) if granularity == "token" else None
         self.route_state.layer_router = router  # refuses experts that cannot be mixed
-        if by == "gates":
+        if isinstance(router, TokenGates):
             self.moa_gates = router
         self.moa_config.granularity, self.moa_config.token_router = granularity, by
 
