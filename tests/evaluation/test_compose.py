@@ -394,3 +394,10 @@ def test_a_mixture_without_a_router_is_refused(command, refusal, mixture, tmp_pa
     model = MoaModel.from_pretrained(None, mixture, router=False)
     model.save_pretrained(tmp_path / "saved")
     assert "has no router" in refusal(main, command("--mixture", str(tmp_path / "saved")))
+
+
+def test_a_mixture_whose_tokens_choose_is_refused(command, mixture, refusal, tmp_path):
+    model = MoaModel.from_pretrained(None, mixture)
+    model.set_granularity("token")
+    model.save_pretrained(tmp_path / "saved")
+    assert "in this mixture each token chooses" in refusal(main, command("--mixture", str(tmp_path / "saved")))

@@ -193,3 +193,11 @@ def test_a_config_that_leaves_beams_open_has_those_of_the_model(model):
     expected = model.generate(input_ids=PROMPT, num_beams=3, **GREEDY)
     model.generation_config.num_beams = 3
     assert torch.equal(model.generate(input_ids=PROMPT, generation_config=GenerationConfig(**GREEDY)), expected)
+
+
+def test_bare_weights_are_not_pinned(model):
+    with (
+        pytest.raises(ValueError, match=r"pinned as a Routing: model.pinned\(Routing\(weights\)\)"),
+        model.pinned(torch.eye(3)),
+    ):
+        pass

@@ -385,6 +385,11 @@ def test_a_refit_may_go_back_to_one_route_for_all_layers(command, mixture, base_
     assert model.moa_config.granularity == "sequence" and model.moa_config.router.depths == []
 
 
+def test_routers_at_depths_are_not_fitted_through_the_language_model(command, refusal):
+    words = command("--granularity", "layer", "--objective", "language_model")
+    assert "is fitted to --objective task or utility" in refusal(main, words)
+
+
 def test_several_depths_need_several_layers(command, refusal):
     assert "name two layers or more in --layers" in refusal(main, command("--granularity", "layer", "--layers", "2"))
 
