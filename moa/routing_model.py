@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable, Mapping
 
 import torch
 from jaxtyping import Float, Int
@@ -131,17 +132,26 @@ class RoutingModel(PeftModelForCausalLM):
         Args:
             layer: instead, what the router at this other depth reads.
         """
-        if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)
         router = self.moa_router
         if layer not in (None, self.moa_config.router.layer):
             if router is None or str(layer) not in router.others:
                 raise ValueError(f"no router of this mixture reads layer {layer}: leave it out for the mixture's own")
             router = router.others[str(layer)]
         layer, pool = layer or self.moa_config.router.layer, mean_pool if router is None else router.pool
+        return self._read({layer: pool}, input_ids, attention_mask, prompt_mask)[layer]
+
+    def _read(
+        self,
+        pools: Mapping[int, Callable[[Tensor, Tensor], Tensor]],
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        prompt_mask: Tensor | None,
+    ) -> dict[int, Float[Tensor, "batch hidden"]]:
+        """The base model's hidden states entering some layers, pooled: one prefix pass."""
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
         with self.route_state.set(off=True):
-            base = self.get_base_model()
-            return prompt_features(base, {layer: pool}, input_ids, attention_mask, prompt_mask)[layer]
+            return prompt_features(self.get_base_model(), pools, input_ids, attention_mask, prompt_mask)
 
     def route(
         self,
@@ -171,12 +181,9 @@ class RoutingModel(PeftModelForCausalLM):
                 "this mixture has no router: fit one with training/train_moa.py, or choose the experts yourself "
                 "with model.pinned([...]) or model.using(name)"
             )
-        if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)
-        routers, base = routers_of(self), self.get_base_model()
-        with self.route_state.set(off=True):
-            pools = {layer: router.pool for layer, router in routers.items()}
-            pooled = prompt_features(base, pools, input_ids, attention_mask, prompt_mask)
+        routers = routers_of(self)
+        pools = {layer: router.pool for layer, router in routers.items()}
+        pooled = self._read(pools, input_ids, attention_mask, prompt_mask)
         decided = {"routing": routing, "top_k": top_k}
         routed = self.decide(pooled[self.moa_config.router.layer], **decided, abstain=abstain)
         if len(routers) == 1:
@@ -185,7 +192,8 @@ class RoutingModel(PeftModelForCausalLM):
             layer: self.decide(pooled[layer], router=router, **decided, abstain=False).weights
             for layer, router in routers.items()
         }
-        return spread(routed, at_depths, router_of_layers(base, self.route_state.layers, list(routers)))
+        followed = router_of_layers(self.get_base_model(), self.route_state.layers, list(routers))
+        return spread(routed, at_depths, followed)
 
     def decide(
         self,
