@@ -13,8 +13,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from moa.low_rank import NUMERICAL_RANK_TOLERANCE, LowRank, inner, stack
+from moa.low_rank import NUMERICAL_RANK_TOLERANCE, LowRank, core, inner, stack
 from moa.merging.registry import Merged, merge_method
+from moa.merging.spectral import of_nonzero
 
 PAPER = "https://arxiv.org/abs/2409.16167"
 
@@ -74,6 +75,7 @@ def lego(
 
 
 @merge_method("lego_gauge_safe", paper=PAPER)
+@of_nonzero
 def lego_gauge_safe(
     updates: Sequence[LowRank],
     weights: Float[Tensor, " n"],
@@ -90,17 +92,16 @@ def lego_gauge_safe(
     k is the rank, by default the largest of the inputs. Equal singular values of one adapter leave the choice
     of its units open.
     """
-    canonical = [update.truncated()[0] for update in updates]
+    shared = core(updates)
+    canonical = [update.truncated()[0] for update in shared.updates]
     units = weighted_units(canonical, weights)
     kernel = (units.B.T @ units.B) * (units.A @ units.A.T)
     sizes = unit_sizes(units)
     cosines = kernel / torch.outer(sizes, sizes).clamp(min=torch.finfo(kernel.dtype).tiny)
     member = clusters(cosines, sizes, rank or int(unit_counts(canonical).max()), seed, weigh=True)
-    if member.shape[1] == 0:
-        return Merged(*units.truncated())
     centroids = [LowRank(units.B[:, of], units.A[of]).truncated(1)[0] for of in member.T.bool()]
     merged = stack(centroids)
-    return Merged(merged, dropped=stack([units, merged.scaled(-1.0)]).norm() ** 2)
+    return Merged(shared.outside(merged), dropped=stack([units, merged.scaled(-1.0)]).norm() ** 2)
 
 
 def weighted_units(updates: Sequence[LowRank], weights: Float[Tensor, " n"]) -> LowRank:

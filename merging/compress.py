@@ -13,8 +13,8 @@ from moa.merging.registry import Merged, merge_method
 from moa.merging.spectral import merged_in_principal_bases, of_nonzero, weighted_core
 
 MAX_SWEEPS = 500
-"""Sweeps over the two bases: a dozen where some directions are stronger than others, some forty where none are."""
-SETTLED = 1e-7
+"""Sweeps over the two bases: a dozen where some directions are stronger than others, some thirty where none are."""
+SETTLED = 1e-6
 """Share of the energy by which a last sweep without momentum may still have improved the bases."""
 
 
@@ -94,8 +94,9 @@ def common_bases(matrices: Float[Tensor, "n p q"], rank: int) -> Tucker:
     V = ahead = leading_eigenvectors(matrices.mT, rank)
     U = leading_eigenvectors(matrices @ V, rank)
     for _ in range(MAX_SWEEPS):
-        last, V = V, orthogonal_step(ahead, (columns @ U).flatten(1))
-        before, captured = captured, float((U.T @ (rows @ V).flatten(1)).square().sum())
+        written = (columns @ U).flatten(1)
+        last, V = V, orthogonal_step(ahead, written)
+        before, captured = captured, float((V.T @ written).square().sum())
         gained = captured - before > SETTLED * energy
         if not gained and gains == 0:
             break

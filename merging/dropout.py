@@ -1,8 +1,8 @@
 """Merges that drop at random: entries with one chance (DARE) or by size (DELLA), or whole rank-1 units.
 
-What is kept is divided by its chance of being kept, so that on average nothing changes. Every adapter draws in
-every layer from a stream of its own, entry after entry, so that neither the other adapters nor the size of the
-blocks matter.
+What is kept is divided by its chance of being kept, so that on average nothing changes. A chance is a multiple of
+2^-16, the nearest to what is asked for: 16 bits draw an entry. Every adapter draws in every layer from a stream of
+its own, entry after entry, so that neither the other adapters nor the size of the blocks matter.
 """
 
 from collections.abc import Sequence
@@ -23,6 +23,8 @@ DROPS = {
     "identity": "it drops at random (nothing at density=1)",
     "duplicates": "each copy draws what it drops for itself",
 }
+DRAWS = 2**16
+"""How many different draws there are."""
 SIZE_BITS, SIZE_CLASSES = 6, 2**10
 """DELLA tells shares of a row's largest entry apart by their power of two and this many binary digits more, in as many
 classes from the largest down: 64 classes for each halving, to 2^-16."""
@@ -53,6 +55,7 @@ def dare_linear(
     Args:
         density: chance of each entry to be kept, in (0, 1].
     """
+    density = nearest_chance(density)
     dense = DenseRows(updates, weights / density)
     thin = {i: RandomDrop(density, seeds[i]) for i in dense}
     facts = {"noise_ratio": _noise_ratio(updates, weights, density)}
@@ -87,6 +90,7 @@ def dare_ties(
         density: chance of each entry to be kept, in (0, 1].
         election: weigh each vote by the entry's size (total) or not (frequency).
     """
+    density = nearest_chance(density)
     dense = DenseRows(updates, weights / density)
     thin = {i: RandomDrop(density, seeds[i]) for i in dense}
     matrix, outvoted = elected(dense, thin, weights, election)
@@ -129,8 +133,8 @@ def della(
     Nothing is sorted: the c entries of a row whose shares of its largest agree in their power of two and 6 binary
     digits more, or are below 2^-16, have the mean of their chances. That is within
     epsilon (c - 1) / (n - 1) of each one's own (0.008 epsilon for a long row of normally distributed entries)
-    and leaves the mean of a row as it was. The result is brought to a rank, by default the number of directions
-    that the updates span together.
+    and leaves the mean of a row as it was, to 2^-17. The result is brought to a rank, by default the number of
+    directions that the updates span together.
 
     Args:
         density: mean chance of an entry to be kept, in (0, 1].
@@ -164,10 +168,11 @@ def dare_rank(
     Args:
         density: chance of each rank to be kept, in (0, 1].
     """
+    density = nearest_chance(density)
     thinned = []
     for update, w, seed in zip(updates, weights.tolist(), seeds, strict=True):
         U, S, V = svd(update)
-        kept = Draws(seed).uniform(S.shape) < density
+        kept = Draws(seed).kept(S.shape, density).bool()
         thinned.append(LowRank(U[:, kept] * S[kept], V[:, kept].T).scaled(w / density))
     return Merged(
         *stack(thinned).truncated(rank),
@@ -175,8 +180,13 @@ def dare_rank(
     )
 
 
+def nearest_chance(chance: float) -> float:
+    """The multiple of 2^-16 nearest to a chance, never 0."""
+    return max(1, round(chance * DRAWS)) / DRAWS
+
+
 class Draws:
-    """A stream of uniform random numbers, the same on every machine, however many are drawn at a time.
+    """A stream of random numbers, the same on every machine, however many are drawn at a time.
 
     numpy's SFC64 makes 64 bits in the time that torch's generator takes for 10, and its raw stream is fixed.
     """
@@ -184,11 +194,16 @@ class Draws:
     def __init__(self, seed: int):
         self._bits = np.random.SFC64(seed)
 
-    def uniform(self, shape: Sequence[int]) -> Tensor:
-        """Multiples of 2^-24 in [0, 1), float32; rows start anew in the stream at a whole word."""
+    def kept(self, shape: Sequence[int], chance: float | Tensor) -> Tensor:
+        """1.0 with a chance, else 0.0, float32; a row starts anew in the stream at a whole word.
+
+        Args:
+            chance: of all, or of each; exact for multiples of 2^-16.
+        """
         *rows, n = shape
-        raw = self._bits.random_raw((*rows, -(-n // 2))).view(np.int32)[..., :n]
-        return (torch.from_numpy(raw) >> 8).to(torch.float32).mul_(2.0**-24).add_(0.5)
+        raw = self._bits.random_raw((*rows, -(-n // 4))).view(np.int16)[..., :n]
+        drawn = torch.from_numpy(raw).to(torch.float32)  # from -2^15 on
+        return torch.lt(drawn, torch.add(torch.tensor(-DRAWS / 2), torch.as_tensor(chance), alpha=DRAWS), out=drawn)
 
 
 class RandomDrop:
@@ -198,8 +213,7 @@ class RandomDrop:
         self.density, self.draws = density, Draws(seed)
 
     def __call__(self, rows: Tensor) -> Tensor:
-        drawn = self.draws.uniform(rows.shape)
-        return rows.mul_(torch.lt(drawn, self.density, out=drawn))
+        return rows.mul_(self.draws.kept(rows.shape, self.density))
 
 
 class DropBySize:
@@ -210,21 +224,22 @@ class DropBySize:
 
     def __call__(self, rows: Tensor) -> Tensor:
         chances = chances_by_size(rows, self.density, self.epsilon)
-        drawn = self.draws.uniform(rows.shape)
-        return rows.mul_(torch.lt(drawn, chances, out=drawn)).div_(chances)
+        return rows.mul_(self.draws.kept(rows.shape, chances)).div_(chances)
 
 
 def chances_by_size(rows: Float[Tensor, "b n"], density: float, epsilon: float) -> Float[Tensor, "b n"]:
     """DELLA's chance of each entry to be kept, from how many entries of its row are in smaller classes.
 
-    The c entries of a class with s below it rank from s to s + c - 1, on average s + (c - 1) / 2 of n - 1.
+    The c entries of a class with s below it rank from s to s + c - 1, on average s + (c - 1) / 2 of n - 1. A chance is
+    a multiple of 2^-16.
     """
     n = rows.shape[1]
     step = 2 * epsilon / (n - 1) if n > 1 else 0.0
     classes = size_classes(rows)
     counts = torch.zeros(len(rows), SIZE_CLASSES).scatter_add_(1, classes, torch.ones_like(rows))
     middle = counts.cumsum(dim=1).sub_(counts, alpha=0.5)  # s + c / 2
-    return middle.mul_(step).add_(density - step * n / 2).gather(1, classes)
+    chances = middle.mul_(step).add_(density - step * n / 2)
+    return chances.mul_(DRAWS).round_().clamp_(min=1).div_(DRAWS).gather(1, classes)
 
 
 def size_classes(rows: Float[Tensor, "b n"]) -> Int64[Tensor, "b n"]:
@@ -236,7 +251,7 @@ def size_classes(rows: Float[Tensor, "b n"]) -> Int64[Tensor, "b n"]:
     sizes /= sizes.amax(dim=1, keepdim=True).clamp_(min=torch.finfo().tiny)
     shift = 23 - SIZE_BITS
     of_one = 127 << SIZE_BITS  # the exponent of 1.0 and the digits behind its point
-    return (sizes.view(torch.int32) >> shift).sub_(of_one - SIZE_CLASSES + 1).clamp_(min=0).long()
+    return sizes.view(torch.int32).bitwise_right_shift_(shift).sub_(of_one - SIZE_CLASSES + 1).clamp_(min=0).long()
 
 
 def _noise_ratio(updates: Sequence[LowRank], weights: Tensor, density: float) -> float:

@@ -6,9 +6,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from moa.low_rank import NUMERICAL_RANK_TOLERANCE, LowRank, core
+from moa.low_rank import NUMERICAL_RANK_TOLERANCE, LowRank, core, stack
 from moa.merging.registry import Merged, merge_method
-from moa.merging.spectral import nonzero_svd, of_nonzero
+from moa.merging.spectral import nonzero_svd, of_nonzero, svd_of_factors
 
 
 def check_strengths(ridge: float, cap: float | None) -> None:
@@ -44,7 +44,7 @@ def wudi(
         cap: largest norm of the result, in norms of the sum; a larger one is scaled down to it.
     """
     shared = core(updates)
-    M = projection_merge(shared.cores, weights, ridge)
+    M = projection_merge(shared.updates, weights, ridge)
     signed = weights.sign()[:, None, None] * shared.cores
     ratio = float(M.norm() / signed.sum(dim=0).norm().clamp(min=NUMERICAL_RANK_TOLERANCE * signed.norm()))
     if cap is not None and ratio > cap:
@@ -52,21 +52,20 @@ def wudi(
     return Merged(*shared.expanded(M, rank), {"norm_ratio": ratio})
 
 
-def projection_merge(
-    matrices: Float[Tensor, "n p q"], weights: Float[Tensor, " n"], ridge: float
-) -> Float[Tensor, "p q"]:
+def projection_merge(updates: Sequence[LowRank], weights: Float[Tensor, " n"], ridge: float) -> Float[Tensor, "p q"]:
     """argmin_M sum_i |w_i| (||(M - D_i) D_i^T||^2 / ||D_i||^2 + rho / sum_j |w_j| ||M - D_i||^2).
 
-    D_i is sgn(w_i) times matrix i. With D_i = U_i S_i V_i^T this is least squares M K = T, K = [V_i S_i c_i],
+    D_i is sgn(w_i) times update i. With D_i = U_i S_i V_i^T this is least squares M K = T, K = [V_i S_i c_i],
     T = [U_i S_i^2 c_i] and c_i = sqrt|w_i| / ||S_i||, solved by the SVD of K, not from its Gram matrix, which
     would square its condition. rho is `ridge` times the mean of K's squared singular values.
     """
-    tasks = [nonzero_svd(sign * D) for sign, D in zip(weights.sign(), matrices, strict=True)]
+    tasks = [svd_of_factors(update.scaled(w)) for w, update in zip(weights.sign().tolist(), updates, strict=True)]
     c = [w.abs().sqrt() / task.S.norm() for w, task in zip(weights, tasks, strict=True)]
     K = torch.cat([task.V * task.S * c_i for task, c_i in zip(tasks, c, strict=True)], dim=1)
     T = torch.cat([task.U * task.S.square() * c_i for task, c_i in zip(tasks, c, strict=True)], dim=1)
     P, S, Z = nonzero_svd(K)
-    mean = (weights[:, None, None] * matrices).sum(dim=0) / weights.abs().sum()
+    mean = stack([update.scaled(w) for w, update in zip(weights.tolist(), updates, strict=True)]).delta()
+    mean /= weights.abs().sum()
     rho = ridge * S.square().mean()
     return ((T @ Z) * S + rho * (mean @ P)) / (S.square() + rho) @ P.T
 
@@ -87,7 +86,7 @@ def pico(updates: Sequence[LowRank], weights: Float[Tensor, " n"], *, rank: int 
     matter. The result has the rank of the sum, unless a smaller one is asked for.
     """
     shared = core(updates)
-    tasks = [nonzero_svd(small) for small in shared.cores]
+    tasks = [svd_of_factors(update) for update in shared.updates]
     U, S, _ = nonzero_svd(torch.cat([task.U * task.S for task in tasks], dim=1))
     crowding = S.square() / S.square().sum()
     terms = weights[:, None, None] * shared.cores

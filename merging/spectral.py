@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from moa.low_rank import NUMERICAL_RANK_TOLERANCE, SVD, Core, LowRank, core, span, stack
-from moa.merging.dropout import RandomDrop
+from moa.merging.dropout import RandomDrop, nearest_chance
 from moa.merging.entrywise import Rule, check_density, merged_by_rule
 from moa.merging.linear import weighted_sum
 from moa.merging.registry import Merged, merge_method
@@ -49,7 +49,7 @@ def weighted_core(updates: Sequence[LowRank], weights: Float[Tensor, " n"]) -> C
     return Core(left, [update.scaled(w) for update, w in zip(small, weights.tolist(), strict=True)], right)
 
 
-def nonzero_svd(matrix: Float[Tensor, "p q"], size: Tensor | None = None) -> SVD:
+def nonzero_svd(matrix: Float[Tensor, "p q"], size: Tensor | float | None = None) -> SVD:
     """Thin SVD without the singular values that are rounding, and their vectors.
 
     `size` is that of the terms a matrix is the sum of, where they may cancel; by default its own.
@@ -57,6 +57,13 @@ def nonzero_svd(matrix: Float[Tensor, "p q"], size: Tensor | None = None) -> SVD
     U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
     kept = int((NUMERICAL_RANK_TOLERANCE * (S[:1] if size is None else size) < S).sum())
     return SVD(U[:, :kept], S[:kept], Vh[:kept].T)
+
+
+def svd_of_factors(update: LowRank, size: float | None = None) -> SVD:
+    """`nonzero_svd` of B @ A, where the rank is far below p and q: by QR of both, and the SVD of an r x r matrix."""
+    (writes, R_B), (reads, R_A) = torch.linalg.qr(update.B), torch.linalg.qr(update.A.T)
+    U, S, V = nonzero_svd(R_B @ R_A.T, size)
+    return SVD(writes @ U, S, reads @ V)
 
 
 def svd_of_sum(cores: Float[Tensor, "n p q"]) -> SVD:
@@ -141,6 +148,7 @@ def merged_entries(
     if rule == "sum":
         return stack([task.scaled(w) for task, w in zip(tasks, weights.tolist(), strict=True)]).delta()
     if rule.startswith("dare"):
+        density = nearest_chance(density)
         dense = DenseRows(tasks, weights / density)
         thin = {i: RandomDrop(density, seeds[i]) for i in dense}
     else:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from moa.low_rank import SVD, LowRank
 from moa.merging.registry import Merged, merge_method
-from moa.merging.spectral import leading, nonzero_svd, of_nonzero, svd_of_sum, weighted_core
+from moa.merging.spectral import leading, nonzero_svd, of_nonzero, svd_of_factors, svd_of_sum, weighted_core
 
 FLATTENS = "it gives all directions one strength, also those of a single adapter"
 
@@ -45,7 +45,7 @@ def tsv(updates: Sequence[LowRank], weights: Float[Tensor, " n"], *, rank: int |
     the ranks, unless a smaller rank is asked for.
     """
     shared = weighted_core(updates, weights)
-    U, S, V = orthogonalised([nonzero_svd(small) for small in shared.cores])
+    U, S, V = orthogonalised([svd_of_factors(update) for update in shared.updates])
     return Merged(*shared.expanded(U * S @ V.T, rank))
 
 
@@ -116,11 +116,17 @@ def iso_cts(
     K, N = min(len(whole.S), rank or len(whole.S)), len(updates)
     t = max(1, round((K - int(common * K)) / N)) if N < K else 0
     shared_by_all = leading(whole, K - N * t)
-    alone = [leading(nonzero_svd(C - shared_by_all.U @ (shared_by_all.U.T @ C), C.norm()), t) for C in shared.cores]
+    alone = [leading(_outside(shared_by_all.U, update), t) for update in shared.updates]
     U, S, V = orthogonalised([shared_by_all, *alone])
     update, _ = shared.expanded(S.mean() * U @ V.T)
     facts = {"directions_per_task": float(t), "norm_ratio": norm_ratio(update, whole)}
     return Merged(update, float(whole.S[K:].square().sum()), facts)
+
+
+def _outside(common: Float[Tensor, "p c"], update: LowRank) -> SVD:
+    """The SVD of what an update writes outside of the common directions."""
+    rest = LowRank(update.B - common @ (common.T @ update.B), update.A)
+    return svd_of_factors(rest, update.norm())
 
 
 def norm_ratio(update: LowRank, whole: SVD) -> float:

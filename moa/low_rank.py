@@ -9,6 +9,7 @@ matrices are as small as the ranks, and the result is then exact to the precisio
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -65,7 +66,11 @@ class LowRank:
         return self.B @ self.A
 
     def norm(self) -> float:
-        """Frobenius norm of B @ A, from the two r x r Gram matrices."""
+        """Frobenius norm of B @ A, from the two r x r Gram matrices; computed once."""
+        return self._norm
+
+    @cached_property
+    def _norm(self) -> float:
         return math.sqrt(max(inner(self, self), 0.0))
 
     def to(self, dtype: torch.dtype) -> "LowRank":
@@ -151,10 +156,15 @@ class Core(NamedTuple):
             (o, _), (n, _) = self.left.vectors.shape, self.right.vectors.shape
             return LowRank(M.new_zeros(o, 1), M.new_zeros(1, n)), 0.0
         root = S[:kept].sqrt()
-        B, A = self.left @ (U[:, :kept] * root), (self.right @ (Vh[:kept].T * root)).T.contiguous()
+        small = LowRank(U[:, :kept] * root, root[:, None] * Vh[:kept])
+        return self.outside(small), float(S[kept:].square().sum())
+
+    def outside(self, small: LowRank) -> LowRank:
+        """left @ small @ right^T: an update out of the core, each row of A with its largest entry positive."""
+        B, A = self.left @ small.B, (self.right @ small.A.T).T.contiguous()
         largest = A.gather(1, A.abs().argmax(dim=1, keepdim=True))
         sign = torch.where(largest < 0, -1.0, 1.0).to(A.dtype)
-        return LowRank(B * sign.T, A * sign), float(S[kept:].square().sum())
+        return LowRank(B * sign.T, A * sign)
 
 
 class SVD(NamedTuple):

@@ -7,7 +7,7 @@ read; the rest would be read into a wrong adapter without complaint, so each is 
 import math
 import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from functools import reduce
 from typing import Any, NamedTuple
 
@@ -139,11 +139,12 @@ def check_targets(config: Mapping[str, Any], modules: Iterable[str], where: str)
     Such a target is legal, since PEFT passes over names that the base model lacks, but it is also what a file
     looks like from which layers were lost.
     """
-    targets, excluded, modules = config.get("target_modules"), config.get("exclude_modules"), list(modules)
+    targets, excluded = (_patterns(config.get(key)) for key in ("target_modules", "exclude_modules"))
+    modules = list(modules)
     if targets == "all-linear":
         targets = ".*"
     # PEFT strikes a head that it ties to the adapted embedding from the list, and stores its factors all the same.
-    tied = [m for m in modules if config.get("ensure_weight_tying") and _matches(m, ["lm_head"])]
+    tied = [m for m in modules if config.get("ensure_weight_tying") and _matches(m, {"lm_head"})]
     if unexpected := sorted(
         m for m in modules if m not in tied and (not _matches(m, targets) or _matches(m, excluded))
     ):
@@ -151,8 +152,9 @@ def check_targets(config: Mapping[str, Any], modules: Iterable[str], where: str)
             f"{where}: the weights hold {unexpected[0]!r} (and {len(unexpected) - 1} more), which the config's "
             f"target_modules and exclude_modules leave out: config and weights are not of one adapter"
         )
-    named = [t for t in targets or () if not _matches(t, excluded)] if not isinstance(targets, str) else []
-    if lost := sorted(t for t in named if not any(_matches(m, [t]) for m in modules)):
+    named = [] if isinstance(targets, str) else [t for t in targets if not _matches(t, excluded)]
+    held = {end for module in modules for end in _ends(module)}
+    if lost := sorted(t for t in named if t not in held):
         warnings.warn(
             f"{where}: target_modules names {', '.join(lost[:3])}{' ...' * (len(lost) > 3)} and the weights hold "
             f"nothing for it: the file is incomplete, unless the base model has no such layer",
@@ -160,11 +162,21 @@ def check_targets(config: Mapping[str, Any], modules: Iterable[str], where: str)
         )
 
 
-def _matches(module: str, patterns: str | Iterable[str] | None) -> bool:
+def _patterns(given: str | Iterable[str] | None) -> str | frozenset[str]:
+    return given if isinstance(given, str) else frozenset(given or ())
+
+
+def _matches(module: str, patterns: str | Set[str]) -> bool:
     """Whether a module is one of PEFT's target_modules or exclude_modules: a pattern, or ends of names."""
     if isinstance(patterns, str):
         return re.fullmatch(patterns, module) is not None
-    return any(module == pattern or module.endswith(f".{pattern}") for pattern in patterns or ())
+    return not patterns.isdisjoint(_ends(module))
+
+
+def _ends(module: str) -> list[str]:
+    """`a.b.c`, `b.c` and `c` of `a.b.c`."""
+    parts = module.split(".")
+    return [".".join(parts[start:]) for start in range(len(parts))]
 
 
 def _by_pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:

@@ -1,12 +1,13 @@
 """DARE, DELLA and rank-DARE: what they keep, that they are right on average, and how large their noise is."""
 
+import numpy as np
 import pytest
 import torch
 
 from moa.adapters import Adapter
 from moa.low_rank import LowRank
 from moa.merging import dropout, find_method, merge, streaming
-from moa.merging.dropout import Draws, DropBySize, RandomDrop
+from moa.merging.dropout import Draws, DropBySize, RandomDrop, nearest_chance
 
 WEIGHTS = [0.7, -0.5, 0.9]
 LAYER = "model.layers.0.self_attn.q_proj"
@@ -19,14 +20,36 @@ def one(method, adapters, seeds, rank=24, **options):
     return find_method(method).function(updates, torch.tensor(WEIGHTS).double(), **options).update.delta()
 
 
-def test_draws_are_uniform_and_the_same_however_many_are_drawn_at_a_time():
-    whole = Draws(3).uniform((2000, 51))
+@pytest.mark.parametrize("chance", [2**-16, 0.1, 0.5, 0.9, 1 - 2**-16, 1.0])
+def test_draws_keep_with_their_chance_and_the_same_however_many_are_drawn_at_a_time(chance):
+    whole = Draws(3).kept((2000, 51), chance)
     split = Draws(3)
-    assert torch.equal(whole, torch.cat([split.uniform((rows, 51)) for rows in (1, 700, 1299)]))
-    assert whole.min() >= 0 and whole.max() < 1
-    shares = torch.histc(whole, bins=10, min=0, max=1) / whole.numel()
-    assert (shares - 0.1).abs().max() < 5 * (0.09 / whole.numel()) ** 0.5
-    assert not torch.equal(whole[:1], Draws(4).uniform((1, 51)))
+    assert torch.equal(whole, torch.cat([split.kept((rows, 51), chance) for rows in (1, 700, 1299)]))
+    assert set(whole.unique().tolist()) <= {0.0, 1.0}
+    assert abs(whole.mean() - chance) <= 5 * (chance * (1 - chance) / whole.numel()) ** 0.5
+    assert torch.equal(whole, Draws(3).kept((2000, 51), torch.full((2000, 51), chance)))
+
+
+def test_whether_an_entry_is_kept_is_decided_by_its_own_16_bits():
+    words = np.random.SFC64(5).random_raw((7, 2))
+    bits = [[(int(word) >> shift) % 2**16 for word in row for shift in (0, 16, 32, 48)][:6] for row in words]
+    signed = [[value - 2**16 if value >= 2**15 else value for value in row] for row in bits]
+    for chance in (0.25, 2**-3 + 2**-16):
+        wanted = [[float(value < chance * 2**16 - 2**15) for value in row] for row in signed]
+        assert Draws(5).kept((7, 6), chance).tolist() == wanted
+
+
+def test_a_chance_is_the_nearest_that_16_bits_have_and_never_none():
+    assert [nearest_chance(p) for p in (0.5, 1.0, 1e-9)] == [0.5, 1.0, 2**-16]
+    assert abs(nearest_chance(0.2) - 0.2) <= 2**-17 and nearest_chance(0.2) * 2**16 == 13107
+
+
+def test_a_density_that_is_no_multiple_is_divided_by_the_chance_that_was_drawn(adapters):
+    delta = WEIGHTS[0] * adapters[0].modules[LAYER].delta()
+    nothing = [Adapter("z", None, {LAYER: LowRank.zero((24, 24))})] * 2
+    got = one("dare_linear", [adapters[0], *nothing], [5, 6, 7], density=5.4e-5)
+    kept = got.abs() > 0.1 * delta.abs()
+    torch.testing.assert_close(got[kept], delta[kept] * 2**16 / 4, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("method", ["dare_linear", "dare_ties", "della"])
@@ -88,7 +111,7 @@ def test_at_full_density_they_are_the_weighted_sum(method, options, adapters, de
 def test_dare_ties_elects_among_the_entries_that_are_left(adapters):
     votes = []
     for adapter, w, seed in zip(adapters, WEIGHTS, [1, 2, 3], strict=True):
-        kept = Draws(seed).uniform((24, 24)) < 0.5
+        kept = Draws(seed).kept((24, 24), 0.5)
         votes.append(w * adapter.modules[LAYER].delta() * kept / 0.5)
     votes = torch.stack(votes)
     wanted = torch.where(votes.sign() == votes.sum(0).sign(), votes, 0.0).sum(0)
@@ -96,8 +119,8 @@ def test_dare_ties_elects_among_the_entries_that_are_left(adapters):
 
 
 class EverythingKept:
-    def uniform(self, shape):
-        return torch.zeros(shape)
+    def kept(self, shape, chance):
+        return torch.ones(shape)
 
 
 def della_chances(rows, density, epsilon):
@@ -116,15 +139,18 @@ def test_della_gives_each_entry_the_chance_of_its_rank_in_its_row(columns):
     one, other, largest = sizes[:, :, None], sizes[:, None], sizes.amax(dim=1)[:, None, None]
     alike = ((one - other).abs() <= 2**-6 * torch.minimum(one, other)) | (torch.maximum(one, other) < 2**-15 * largest)
     bound = 0.3 * (alike.sum(dim=2) - 1) / (columns - 1)  # all that can share a class with an entry, and then some
-    assert ((got - della_chances(rows, 0.5, 0.3)).abs() <= bound + 1e-6).all()
+    assert ((got - della_chances(rows, 0.5, 0.3)).abs() <= bound + 2**-17 + 1e-6).all()
     assert columns < 100 or bound.max() < 0.015
-    torch.testing.assert_close(got.mean(dim=1), torch.full((9,), 0.5).double(), rtol=0, atol=1e-6)
+    torch.testing.assert_close(got.mean(dim=1), torch.full((9,), 0.5).double(), rtol=0, atol=2**-17 + 1e-6)
 
 
 def test_a_row_of_zeros_and_an_entry_far_above_the_others_have_chances_too():
     rows = torch.tensor([[0.0, 0.0, 0.0], [1e-30, 1.0, -1e30]])
     torch.testing.assert_close(
-        dropout.chances_by_size(rows, 0.5, 0.2), torch.tensor([[0.5, 0.5, 0.5], [0.4, 0.4, 0.7]])
+        dropout.chances_by_size(rows, 0.5, 0.2),
+        torch.tensor([[0.5, 0.5, 0.5], [0.4, 0.4, 0.7]]),
+        rtol=0,
+        atol=2**-17,
     )
 
 
@@ -178,9 +204,8 @@ def test_rank_dare_keeps_whole_terms_of_the_singular_value_decomposition(adapter
 
 def test_a_draw_that_keeps_no_rank_is_a_merge_of_zeros(adapters):
     updates = [adapters[0].modules[LAYER]]
-    lowest = [float(Draws(seed).uniform((2,)).min()) for seed in range(50)]
-    seed = max(range(50), key=lambda s: lowest[s])
-    merged = dropout.dare_rank(updates, torch.ones(1).double(), seeds=[seed], density=lowest[seed] / 2)
+    seed = next(seed for seed in range(50) if not Draws(seed).kept((2,), 0.25).any())
+    merged = dropout.dare_rank(updates, torch.ones(1).double(), seeds=[seed], density=0.25)
     assert merged.update.rank == 1 and merged.update.norm() == 0
 
 
