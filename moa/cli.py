@@ -12,6 +12,7 @@ COMMANDS = {
     "train-lora": ("moa.training.train_lora", "train one LoRA adapter per task"),
     "train-moa": ("moa.training.train_moa", "train the router over trained adapters"),
     "fit-router": ("moa.training.fit_router", "fit the router of a saved mixture anew"),
+    "fit-gates": ("moa.training.fit_gates", "train gates by which each token of a mixture chooses its experts"),
     "grow": ("moa.training.grow", "add experts to a saved mixture, or remove some"),
     "statistics": ("moa.training.collect_statistics", "collect the input statistics that some merges need"),
     "evaluate": (

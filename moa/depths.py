@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from moa.prefix import block_of
 from moa.router import SequenceRouter
-from moa.routing import EXPERT, Routing
+from moa.routing import EXPERT, Granularity, Routing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -26,17 +26,21 @@ if TYPE_CHECKING:
     from moa.routing_model import RoutingModel
 
 
-def routers_of(model: RoutingModel) -> dict[int, SequenceRouter]:
-    """The router of each depth, the shallowest first; only the mixture's own where it does not route by layer."""
+def routers_of(model: RoutingModel, granularity: Granularity | None = None) -> dict[int, SequenceRouter]:
+    """The router of each depth, the shallowest first; only the mixture's own where it does not route by layer.
+
+    Args:
+        granularity: instead of the mixture's own.
+    """
     router, layer = model.moa_router, model.moa_config.router.layer
-    if model.moa_config.granularity != "layer":
+    if (granularity or model.moa_config.granularity) != "layer":
         return {layer: router}
     return dict(sorted({layer: router, **{int(depth): other for depth, other in router.others.items()}}.items()))
 
 
-def deepest(model: RoutingModel) -> int:
+def deepest(model: RoutingModel, granularity: Granularity | None = None) -> int:
     """Up to which layer of the base model a route must be read."""
-    return max(routers_of(model)) if model.moa_router is not None else model.moa_config.router.layer
+    return max(routers_of(model, granularity)) if model.moa_router is not None else model.moa_config.router.layer
 
 
 def check_depths(router: SequenceRouter | None) -> None:

@@ -19,24 +19,31 @@ from torch import Tensor, nn
 
 from moa.depths import deepest
 from moa.prefix import block_of, depth, layer_list
+from moa.routing import Granularity
 
 if TYPE_CHECKING:
     from moa.routed_model import RoutedModel
 
 
-def reads_in_flight(model: RoutedModel) -> bool:
-    """Whether one router decides for all layers, and no adapter changes what it reads."""
+def reads_in_flight(model: RoutedModel, granularity: Granularity | None = None) -> bool:
+    """Whether one router decides for all layers, and no adapter changes what it reads.
+
+    Args:
+        granularity: instead of the mixture's own.
+    """
     base, layer = model.get_base_model(), model.moa_config.router.layer
-    if model.moa_config.granularity == "layer":
+    if (granularity or model.moa_config.granularity) == "layer":
         return False
     adapted = [name for name in model.route_state.layers if base.get_submodule(name).lora_A]
     blocks = [block_of(base, name) for name in adapted]
     return all(block is not None and block >= layer for block in blocks)
 
 
-def prefill_overhead(model: RoutedModel) -> float:
+def prefill_overhead(model: RoutedModel, granularity: Granularity | None = None) -> float:
     """The share of a prefill that routing adds: k / L for a prefix pass over k of L layers, nothing in flight."""
-    return 0.0 if reads_in_flight(model) else deepest(model) / depth(model.get_base_model())
+    if reads_in_flight(model, granularity):
+        return 0.0
+    return deepest(model, granularity) / depth(model.get_base_model())
 
 
 def can_route(model: RoutedModel) -> bool:

@@ -161,6 +161,7 @@ class RoutingModel(PeftModelForCausalLM):
         prompt_mask: Tensor | None = None,
         routing: RoutingMode | None = None,
         top_k: int | None = None,
+        granularity: Granularity | None = None,
         abstain: bool = True,
     ) -> Routing:
         """Weights of the experts for each prompt; they carry gradients where the router's parameters want them.
@@ -171,17 +172,21 @@ class RoutingModel(PeftModelForCausalLM):
         Args:
             prompt_mask: which tokens are the prompt; default all that are not padding.
             routing, top_k: instead of the mixture's own.
+            granularity: `sequence` or `layer`, instead of the mixture's own; tokens are routed in the forward.
             abstain: False trusts the experts with every prompt.
 
         Raises:
-            ValueError: the mixture has no fitted router, or one without the conformal set that `routing` asks for.
+            ValueError: the mixture has no fitted router, or one without the conformal set that `routing`, or the other
+                depths that `granularity` asks for.
         """
         if self.moa_router is None:
             raise ValueError(
                 "this mixture has no router: fit one with training/train_moa.py, or choose the experts yourself "
                 "with model.pinned([...]) or model.using(name)"
             )
-        routers = routers_of(self)
+        if granularity == "layer":
+            check_depths(self.moa_router)
+        routers = routers_of(self, granularity)
         pools = {layer: router.pool for layer, router in routers.items()}
         pooled = self._read(pools, input_ids, attention_mask, prompt_mask)
         decided = {"routing": routing, "top_k": top_k}

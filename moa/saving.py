@@ -5,6 +5,7 @@ moa/                         root: the fallback, a plain LoRA adapter (stock PEF
   sst2/ squad/ ...           each expert, a plain LoRA adapter (stock PEFT, vLLM)
   moa_config.json            experts, routing, checksums
   moa_router.safetensors     the router
+  moa_gates.safetensors      the token gates, if it has some
   README.md                  the model card
 """
 
@@ -28,6 +29,7 @@ from moa.card import mixture_card
 from moa.config import CONFIG_NAME, FALLBACK, GATES_NAME, ROUTER_NAME, MoaConfig
 from moa.router import SequenceRouter
 from moa.strangeness import empty_detector
+from moa.token_gates import TokenGates
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -124,8 +126,8 @@ def write_mixture(model: MoaModel, directory: Path, **kwargs: Any) -> None:
     config = model.moa_config
     config.versions = {package: version(package) for package in PACKAGES}
     config.sha256 = {file: file_sha256(directory / file) for file in config.adapter_files()}
-    gates = model.moa_gates if model.routes_by_gates else None
-    for part, name, held in (("moa_router", ROUTER_NAME, model.moa_router), ("moa_gates", GATES_NAME, gates)):
+    held_parts = ("moa_router", ROUTER_NAME, model.moa_router), ("moa_gates", GATES_NAME, model.moa_gates)
+    for part, name, held in held_parts:
         if held is not None:
             save_file(_state_of(model, part, kwargs.get("state_dict")), directory / name)
             config.sha256[name] = file_sha256(directory / name)
@@ -195,9 +197,8 @@ def load_mixture(
     if routed:
         model.set_router(_read_router(directory / ROUTER_NAME, config), config.router, check_base=check_base)
     token = config.granularity == "token"
-    if token and config.token_router == "gates":
-        model.set_granularity("token", by="gates")
-        _read_gates(model, directory)
+    if GATES_NAME in config.sha256 or (token and config.token_router == "gates"):
+        model.moa_gates = _read_gates(model, directory)
     model.set_granularity(config.granularity if routed or token else "sequence", by=config.token_router)
     return model.eval()
 
@@ -236,18 +237,18 @@ def _check_unchanged(directory: Path, config: MoaConfig) -> None:
             )
 
 
-def _read_gates(model: MoaModel, directory: Path) -> None:
-    """Fill the mixture's gates."""
-    file = directory / GATES_NAME
+def _read_gates(model: MoaModel, directory: Path) -> TokenGates:
+    file, gates = directory / GATES_NAME, TokenGates(model.get_base_model(), model.experts)
     try:
-        model.moa_gates.load_state_dict(load_file(file))
+        gates.load_state_dict(load_file(file))
     except (FileNotFoundError, SafetensorError, RuntimeError) as error:
         raise ValueError(
             f"{file} does not hold the gates by which {CONFIG_NAME} routes tokens "
             f"({str(error).splitlines()[-1].strip()}): save or download the mixture again"
         ) from error
-    if not all(torch.isfinite(tensor).all() for tensor in model.moa_gates.state_dict().values()):
+    if not all(torch.isfinite(tensor).all() for tensor in gates.state_dict().values()):
         raise ValueError(f"{file} holds NaN or infinite values: its training diverged, train the gates again")
+    return gates.to(model.device).requires_grad_(False)
 
 
 def _read_router(file: Path, config: MoaConfig) -> SequenceRouter:

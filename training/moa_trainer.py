@@ -199,7 +199,7 @@ def restore(model: MoaModel, directory: str | Path) -> None:
     """
     directory = Path(directory)
     missing = [f"expert {name!r}" for name in model.experts if not (directory / name).is_dir()]
-    parts = {ROUTER_NAME: model.moa_router, GATES_NAME: model.moa_gates if model.routes_by_gates else None}
+    parts = {ROUTER_NAME: model.moa_router, GATES_NAME: model.moa_gates}
     held = {name: part for name, part in parts.items() if part is not None}
     missing += [name for name in held if not (directory / name).is_file()]
     if missing:

@@ -18,13 +18,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-import torch
 from peft import LoraConfig
 from transformers.hf_argparser import HfArg
-from trl import SFTConfig
 
 from moa.arguments import indented, parse, run
 from moa.shared_arguments import ComputingArguments, RowsArguments
+from moa.training.completion_config import CompletionConfig
 
 if TYPE_CHECKING:
     from moa.training.lora import Wanted
@@ -71,38 +70,11 @@ class LoraArguments:
 
 
 @dataclass
-class LoraTrainingConfig(SFTConfig):
-    """TRL's SFTConfig, with defaults that suit one adapter on a short task."""
+class LoraTrainingConfig(CompletionConfig):
+    """As for any training on answers, with a learning rate for each task."""
 
     output_dir: str = field(default="outputs/lora", metadata={"help": "each adapter goes to OUTPUT_DIR/TASK"})
     learning_rate: list[str] = _one_or_each(1e-3, "initial learning rate, or TASK=RATE for some")  # type: ignore[assignment]
-    lr_scheduler_type: str = field(default="cosine", metadata={"help": "learning rate schedule"})
-    warmup_steps: float = field(default=0.05, metadata={"help": "warm-up: a number of steps, below 1 a share of them"})
-    max_steps: int = field(default=-1, metadata={"help": "optimizer steps; -1 trains num_train_epochs"})
-    num_train_epochs: float = field(default=1.0, metadata={"help": "passes over the training rows"})
-    max_length: int | None = field(default=1024, metadata={"help": "longer rows are cut"})
-    logging_steps: float = field(default=10, metadata={"help": "log every so many steps"})
-    save_steps: float = field(default=200, metadata={"help": "checkpoint every so many steps"})
-    save_total_limit: int | None = field(default=1, metadata={"help": "checkpoints kept"})
-    dataloader_pin_memory: bool = field(
-        default=torch.cuda.is_available(), metadata={"help": "pin memory; default where there is a GPU"}
-    )
-    use_cpu: bool = field(
-        default=not torch.accelerator.is_available(),
-        metadata={"help": "train on the CPU; default where there is nothing else"},
-    )
-    bf16: bool | None = field(default=None, metadata={"help": "mixed precision; default where there is a GPU"})
-    activation_checkpointing: bool | None = field(
-        default=False, metadata={"help": "trade time for memory: recompute activations in the backward pass"}
-    )
-    resume_from_checkpoint: bool = field(
-        default=False, metadata={"help": "go on from each task's last checkpoint, if it has one"}
-    )
-
-    def __post_init__(self) -> None:
-        if self.bf16 is None:
-            self.bf16 = torch.cuda.is_available()
-        super().__post_init__()
 
 
 @run

@@ -80,7 +80,8 @@ def test_the_nearest_centroid_is_found_on_standardised_features(mixture, base_fo
         (["oracle"], "the table has it always"),
         (
             ["arow"],
-            "--routers arow does not exist: choose from uniform, random, centroid, arrow; did you mean 'arrow'?",
+            "--routers arow does not exist: choose from uniform, random, centroid, arrow, sequence, soft, layer, "
+            "layer_soft, gates; did you mean 'arrow'?",
         ),
         (["random", "random"], "--routers names one twice"),
     ],
