@@ -59,8 +59,8 @@ class Asked:
         self._check_brought("objective", "objective" in self.method.needs)
         if "objective" in self.method.needs and self.objective is None:
             raise ValueError(
-                f"{self.method.name} looks for weights by examples and was given none: pass objective=..., "
-                "or on the command line --model and --tasks"
+                f"{self.method.name} looks for weights by examples and was given none: pass objective=..., or on the "
+                "command line take 'moa merge' with --model and --tasks"
             )
 
     @property

@@ -27,6 +27,22 @@ def depth(base_model: PreTrainedModel) -> int:
     return base_model.config.get_text_config().num_hidden_layers
 
 
+def tokens_held(input_ids: Int[Tensor, "batch tokens"], attention_mask: Tensor | None) -> Bool[Tensor, "batch tokens"]:
+    """Which tokens are no padding; all of them where there is no mask.
+
+    Raises:
+        ValueError: a mask of another shape.
+    """
+    if attention_mask is None:
+        return torch.ones_like(input_ids, dtype=torch.bool)
+    if attention_mask.shape != input_ids.shape:
+        raise ValueError(
+            f"prompts of shape {list(input_ids.shape)} are routed by an attention_mask of that shape, got "
+            f"{list(attention_mask.shape)}: pass both as the tokenizer returns them"
+        )
+    return attention_mask.to(input_ids.device).bool()
+
+
 def prompt_features(
     base_model: PreTrainedModel,
     pools: Mapping[int, Callable[[Tensor, Tensor], Tensor]],

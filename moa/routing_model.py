@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping
 
-import torch
 from jaxtyping import Float, Int
 from peft import PeftModelForCausalLM
 from torch import Tensor
@@ -16,7 +15,7 @@ from moa.config import FALLBACK, MoaConfig, RouterConfig
 from moa.depths import check_depths, check_others, router_of_layers, routers_of, spread
 from moa.in_flight import reads_in_flight
 from moa.mixture import RouteState
-from moa.prefix import prompt_features
+from moa.prefix import prompt_features, tokens_held
 from moa.route_state import LayerRouter
 from moa.router import SequenceRouter, mean_pool
 from moa.router_checks import check_router, check_tokenizer, describe_router
@@ -148,10 +147,9 @@ class RoutingModel(PeftModelForCausalLM):
         prompt_mask: Tensor | None,
     ) -> dict[int, Float[Tensor, "batch hidden"]]:
         """The base model's hidden states entering some layers, pooled: one prefix pass."""
-        if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)
+        held = tokens_held(input_ids, attention_mask)
         with self.route_state.set(off=True):
-            return prompt_features(self.get_base_model(), pools, input_ids, attention_mask, prompt_mask)
+            return prompt_features(self.get_base_model(), pools, input_ids, held.long(), prompt_mask)
 
     def route(
         self,

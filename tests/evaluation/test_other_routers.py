@@ -1,9 +1,11 @@
 """Rows of the table for other routers, against the rows that they should equal."""
 
+import copy
 import json
 
 import pytest
 import torch
+from torch.nn.functional import one_hot
 
 from moa.evaluation.full_evaluation import main
 from moa.evaluation.other_routers import router_systems
@@ -72,6 +74,84 @@ def test_the_nearest_centroid_is_found_on_standardised_features(mixture, base_fo
     with system.activate(ids, torch.ones_like(ids)):
         found = model.route_state.weights.argmax(dim=1)
     assert found.equal(torch.cdist(z, router.detector.means.double()).argmin(dim=1))
+
+
+IDS = torch.arange(3, 27).view(8, 3)
+ALL = torch.ones_like(IDS)
+
+
+@pytest.fixture
+def model(mixture, base_folder):
+    """With a second router, at another depth, and gates; every router is of an opinion."""
+    model = MoaModel.from_pretrained(str(base_folder), mixture)
+    torch.manual_seed(1)
+    deeper = copy.deepcopy(model.moa_router)
+    model.moa_router.others["3"] = deeper
+    for router in (model.moa_router, deeper):
+        torch.nn.init.normal_(router.head.weight, std=2.0)
+    model.set_router(model.moa_router, model.moa_config.router)
+    model.set_granularity("token", by="gates")
+    for gate in model.moa_gates.gates:
+        torch.nn.init.normal_(gate.weight, std=0.5)
+    model.save_pretrained(mixture)
+    return model
+
+
+def likely(model, layer, router):
+    """The router's probabilities of each prompt's experts, from a forward of the whole base model."""
+    with model.using_base():
+        states = model.get_base_model()(input_ids=IDS, output_hidden_states=True).hidden_states[layer]
+    return router(states.mean(dim=1)).softmax(dim=-1)
+
+
+@torch.no_grad()
+def test_a_fitted_router_is_compared_per_sequence_and_layer_hard_and_soft(model):
+    depths = {model.moa_config.router.layer: model.moa_router, 3: model.moa_router.others["3"]}
+    assert list(depths) == [1, 3]
+    shallow, deep = (likely(model, layer, router) for layer, router in depths.items())
+    in_last = torch.tensor([".layers.3." in name for name in model.route_state.layers])
+    by_layer = torch.where(in_last[None, :, None], deep[:, None], shallow[:, None])
+    soft = {"soft": shallow, "layer_soft": by_layer}
+    hard = {"sequence": shallow, "layer": by_layer}
+    expected = soft | {name: one_hot(of.argmax(dim=-1), 3).float() for name, of in hard.items()}
+    for system in router_systems(model, list(expected)):
+        with system.activate(IDS, ALL):
+            got = model.route_state.weights
+        torch.testing.assert_close(got, expected[system.name.removeprefix("router:")], rtol=1e-4, atol=1e-5)
+        assert system.cost["prefill_overhead"] == (3 if "layer" in system.name else 1) / 4
+    assert not shallow.argmax(dim=-1).equal(deep.argmax(dim=-1)), "routers that agree would prove nothing"
+
+
+@torch.no_grad()
+def test_gates_are_compared_also_where_the_mixture_routes_otherwise(model):
+    expected = model(input_ids=IDS).logits
+    model.set_granularity("sequence")
+    (system,) = router_systems(model, ["gates"])
+    assert not torch.allclose(model(input_ids=IDS).logits, expected)
+    with system.activate(IDS, ALL):
+        torch.testing.assert_close(model(input_ids=IDS).logits, expected)
+
+
+@pytest.mark.parametrize(
+    ("router", "message"),
+    [
+        ("sequence", "--routers sequence needs the mixture's fitted router, and it has none"),
+        ("centroid", "--routers centroid needs the mixture's fitted router, and it has none"),
+        ("layer", "--routers layer needs the mixture's fitted router, and it has none"),
+        ("gates", "--routers gates: this mixture has none, train them with 'moa fit-gates'"),
+    ],
+)
+def test_routers_whose_parts_a_mixture_lacks_are_refused(base_model, adapters, tmp_path, router, message):
+    bare = MoaModel.from_adapters(base_model, adapters)
+    bare.save_pretrained(tmp_path / "bare")
+    with pytest.raises(ValueError, match=message):
+        router_systems(bare, [router])
+
+
+def test_a_router_of_one_depth_is_not_compared_by_layer(mixture, base_folder):
+    model = MoaModel.from_pretrained(str(base_folder), mixture)
+    with pytest.raises(ValueError, match="granularity 'layer' needs routers at several depths"):
+        router_systems(model, ["layer_soft"])
 
 
 @pytest.mark.parametrize(

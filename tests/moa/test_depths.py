@@ -151,3 +151,17 @@ def test_a_layer_that_no_router_reads_has_no_features(model):
     with pytest.raises(ValueError, match="no router of this mixture reads layer 2"):
         model.features(PROMPT, layer=2)
     torch.testing.assert_close(model.features(PROMPT, layer=1), model.features(PROMPT))
+
+
+def test_a_mixture_can_be_asked_for_the_other_granularity_once(model):
+    by_layer = model.route(PROMPT).weights
+    model.set_granularity("sequence")
+    assert torch.equal(model.route(PROMPT, granularity="layer").weights, by_layer)
+    model.set_granularity("layer")
+    alone = model.route(PROMPT, granularity="sequence").weights
+    with model.using_base():
+        assert torch.equal(alone, F.one_hot(chosen_at(model, model.moa_router, 1), 3).float())
+    model.set_granularity("sequence")
+    model.moa_router.others.clear()
+    with pytest.raises(ValueError, match="needs routers at several depths, and this mixture has a router at one"):
+        model.route(PROMPT, granularity="layer")

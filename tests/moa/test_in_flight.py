@@ -184,3 +184,12 @@ def test_experts_that_change_what_the_router_reads_need_a_pass_before(base_model
     assert len(seen) == 2
     model.remove_expert("early")
     assert model.routes_in_flight
+
+
+@pytest.mark.parametrize("in_flight", [True, False])
+def test_a_mask_of_another_shape_is_refused_before_anything_runs(model, in_flight, monkeypatch):
+    if not in_flight:
+        monkeypatch.setattr("moa.prompt_route.can_route", lambda model: False)
+    for run in (model, model.generate):
+        with pytest.raises(ValueError, match=r"prompts of shape \[3, 6\] are routed by an attention_mask of that"):
+            run(input_ids=PROMPT, attention_mask=torch.ones(3, 7, dtype=torch.long))
