@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 
 @dataclass
@@ -84,3 +85,28 @@ class ComputingArguments:
         check_dtype(self.dtype)
         check_attention(self.attn_implementation)
         return {"dtype": self.dtype, "attn_implementation": self.attn_implementation}
+
+
+@dataclass
+class RefitArguments(ComputingArguments, RowsArguments, MixtureArguments):
+    """Of commands that fit a part of a saved mixture anew."""
+
+    train_rows: int = field(default=200, metadata={"help": "rows a task to fit to"})
+    validation_rows: int = field(default=50, metadata={"help": "rows a task to hold out, for what is told of the fit"})
+    overwrite: bool = field(default=False, metadata={"help": "fit again what was fitted with other settings"})
+    num_processes: int | None = field(
+        default=None, metadata={"help": "refuse to run with another number of processes"}
+    )
+
+    @property
+    def refit(self) -> dict[str, Any]:
+        """As `refit_router` and `fit_gates` take it."""
+        return {
+            "rows": self.rows_from,
+            "train_rows": self.train_rows,
+            "validation_rows": self.validation_rows,
+            "computing": self.computing,
+            "model_name": self.model,
+            "check_base": self.check_base,
+            "overwrite": self.overwrite,
+        }

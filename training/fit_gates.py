@@ -18,22 +18,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from moa.arguments import indented, parse, run
-from moa.shared_arguments import ComputingArguments, MixtureArguments, RowsArguments
+from moa.shared_arguments import RefitArguments
 from moa.training.completion_config import CompletionConfig
 
 RUN_FOLDER = "MIXTURE/gates_fit"
-
-
-@dataclass
-class FitGatesArguments(ComputingArguments, RowsArguments, MixtureArguments):
-    """How many rows, and whether to begin again."""
-
-    train_rows: int = field(default=200, metadata={"help": "rows a task to train the gates on"})
-    validation_rows: int = field(default=20, metadata={"help": "rows a task to tell the likelihood before and after"})
-    overwrite: bool = field(default=False, metadata={"help": "train again what was trained with other settings"})
-    num_processes: int | None = field(
-        default=None, metadata={"help": "refuse to run with another number of processes"}
-    )
 
 
 @dataclass
@@ -46,7 +34,7 @@ class GatesTrainingConfig(CompletionConfig):
 
 @run
 def main(argv: list[str] | None = None) -> None:
-    kinds = (FitGatesArguments, GatesTrainingConfig)
+    kinds = (RefitArguments, GatesTrainingConfig)
     asked, training = parse(kinds, argv, prog="moa fit-gates", examples=indented(__doc__), first="mixture")
     from moa.config import CONFIG_NAME, MoaConfig
     from moa.distributed import check_launch
@@ -57,18 +45,8 @@ def main(argv: list[str] | None = None) -> None:
     folder = asked.folder
     if training.output_dir == RUN_FOLDER:
         training.output_dir = str(folder / "gates_fit")
-    fit_gates(
-        folder,
-        load_tasks(asked.tasks or MoaConfig.from_json(folder / CONFIG_NAME).experts),
-        training,
-        rows=asked.rows_from,
-        computing=asked.computing,
-        train_rows=asked.train_rows,
-        validation_rows=asked.validation_rows,
-        model_name=asked.model,
-        check_base=asked.check_base,
-        overwrite=asked.overwrite,
-    )
+    tasks = load_tasks(asked.tasks or MoaConfig.from_json(folder / CONFIG_NAME).experts)
+    fit_gates(folder, tasks, training, **asked.refit)
 
 
 if __name__ == "__main__":

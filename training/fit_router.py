@@ -19,23 +19,18 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from moa.arguments import indented, parse, run
-from moa.shared_arguments import ComputingArguments, MixtureArguments, RowsArguments
+from moa.shared_arguments import RefitArguments
 from moa.training.router_options import RouterChoices, RouterTrainingArguments
 
 RUN_FOLDER = "MIXTURE/router_fit"
 
 
 @dataclass
-class FitRouterArguments(ComputingArguments, RowsArguments, MixtureArguments):
-    """How many prompts, and whether to begin again."""
+class FitRouterArguments(RefitArguments):
+    """What the held-out prompts are for."""
 
-    train_rows: int = field(default=200, metadata={"help": "prompts a task to fit the router on"})
     validation_rows: int = field(
         default=50, metadata={"help": "prompts a task to choose on, and for temperature and accuracy"}
-    )
-    overwrite: bool = field(default=False, metadata={"help": "fit again what was fitted with other settings"})
-    num_processes: int | None = field(
-        default=None, metadata={"help": "refuse to run with another number of processes"}
     )
 
 
@@ -59,19 +54,8 @@ def main(argv: list[str] | None = None) -> None:
     folder = asked.folder
     if training.output_dir == RUN_FOLDER:
         training.output_dir = str(folder / "router_fit")
-    refit_router(
-        folder,
-        load_tasks(asked.tasks or MoaConfig.from_json(folder / CONFIG_NAME).experts),
-        training,
-        choices,
-        rows=asked.rows_from,
-        computing=asked.computing,
-        train_rows=asked.train_rows,
-        validation_rows=asked.validation_rows,
-        model_name=asked.model,
-        check_base=asked.check_base,
-        overwrite=asked.overwrite,
-    )
+    tasks = load_tasks(asked.tasks or MoaConfig.from_json(folder / CONFIG_NAME).experts)
+    refit_router(folder, tasks, training, choices, **asked.refit)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from moa.tasks import Example, Task
 from moa.training.completion_config import CompletionConfig
 from moa.training.data import completion_dataset
 from moa.training.moa_trainer import MoaTrainerMixin
-from moa.training.record import Run, asked_dtype, forget_run, settings_of, text_sha256
+from moa.training.record import Run, asked_dtype, open_refit, settings_of, text_sha256
 from moa.training.trainer import LoraTrainer
 
 REPORT_NAME = "gates_report.json"
@@ -52,7 +52,7 @@ def fit_gates(
 
     Args:
         folder: of the mixture; earlier gates in it are not used, a router in it stays.
-        tasks: whose rows the gates learn from, of both sorts that the experts know or not.
+        tasks: whose rows the gates learn from; an expert need not be trained for each.
         rows: `source` and `data_dir` of the rows.
         train_rows, validation_rows: rows a task to train on, and to tell the likelihood before and after.
         computing: `dtype` and `attn_implementation` of `load_base_model`.
@@ -62,7 +62,7 @@ def fit_gates(
     Raises:
         ValueError: an expert that cannot be mixed (DoRA), or an earlier training that was made otherwise.
     """
-    config, run_folder = MoaConfig.from_json(folder / CONFIG_NAME), Path(training.output_dir)
+    config = MoaConfig.from_json(folder / CONFIG_NAME)
     seen, unseen = (
         [one for task in tasks for one in task.examples(split, limit=limit, seed=training.seed, **rows)]
         for split, limit in (("train", train_rows), ("validation", validation_rows))
@@ -74,16 +74,7 @@ def fit_gates(
         "training": {**settings_of(training), "max_length": training.max_length},
         "rows_sha256": text_sha256(one.prompt + one.answer for one in [*seen, *unseen]),
     }
-    with training.main_process_first(desc="earlier fit"):
-        if overwrite and training.should_save and not training.resume_from_checkpoint:
-            forget_run(run_folder, REPORT_NAME)
-        run = Run.open(
-            run_folder,
-            record,
-            result=REPORT_NAME,
-            resume=training.resume_from_checkpoint,
-            remedy="pass --overwrite to train them again, or choose another --output_dir",
-        )
+    run = open_refit(Path(training.output_dir), record, training, result=REPORT_NAME, overwrite=overwrite)
     if run.finished:
         print(f"kept the gates of {folder}: they were trained with these settings", flush=True)
         return

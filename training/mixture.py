@@ -18,7 +18,7 @@ from moa.merging import find_method
 from moa.model import MoaModel
 from moa.precision import dtype_of
 from moa.tasks import Example, Task
-from moa.training.record import Run, asked_dtype, forget_run, settings_of, text_sha256
+from moa.training.record import Run, asked_dtype, open_refit, settings_of, text_sha256
 from moa.training.router_fit import RouterFit, check_count
 from moa.training.router_options import RouterChoices
 from moa.training.router_report import REPORT_NAME, report, show_report, write_report
@@ -114,23 +114,14 @@ def refit_router(
     tasks = [by_name[name] for name in model.experts]
     fit_on, held_out = _examples(tasks, train_rows, validation_rows, training.seed, rows)
     plain = _examples(_plain(tasks, choices), train_rows, validation_rows, training.seed, rows)
-    config, run_folder = model.moa_config, Path(training.output_dir)
+    config = model.moa_config
     record = {
         "base_model": model_name or config.base_model,
         "experts": {name: config.expert_sha256(name) for name in model.experts},
         **asked_dtype(computing),
         **_record(training, choices, fit_on, held_out),
     }
-    with training.main_process_first(desc="earlier fit"):
-        if overwrite and training.should_save and not training.resume_from_checkpoint:
-            forget_run(run_folder, REPORT_NAME)
-        run = Run.open(
-            run_folder,
-            record,
-            result=REPORT_NAME,
-            resume=training.resume_from_checkpoint,
-            remedy="pass --overwrite to fit it again, or choose another --output_dir",
-        )
+    run = open_refit(Path(training.output_dir), record, training, result=REPORT_NAME, overwrite=overwrite)
     if run.finished:
         print(f"kept the router of {folder}: it was fitted with these settings", flush=True)
         return

@@ -109,7 +109,27 @@ class Run:
         _write(self.directory / RECORD_NAME, {**self.record, "result": result})
 
 
-def forget_run(directory: Path, result: str) -> None:
+def open_refit(
+    directory: Path, record: dict[str, Any], training: TrainingArguments, *, result: str, overwrite: bool
+) -> Run:
+    """The run that fits a part of a saved mixture; see `Run.open`.
+
+    Args:
+        overwrite: forget an earlier fit that was made otherwise, unless one is to be resumed.
+    """
+    with training.main_process_first(desc="earlier fit"):
+        if overwrite and training.should_save and not training.resume_from_checkpoint:
+            _forget(directory, result)
+        return Run.open(
+            directory,
+            record,
+            result=result,
+            resume=training.resume_from_checkpoint,
+            remedy="pass --overwrite to fit it again, or choose another --output_dir",
+        )
+
+
+def _forget(directory: Path, result: str) -> None:
     """Remove a run's record, result and checkpoints, and nothing else that its folder may hold."""
     for name in (RECORD_NAME, result):
         (directory / name).unlink(missing_ok=True)

@@ -109,7 +109,7 @@ def test_gates_stay_with_a_mixture_that_routes_otherwise(command, mixture, base_
 
 def test_another_training_needs_overwrite(command, mixture, refusal):
     main(command("--max_steps", "1"))
-    assert "pass --overwrite to train them again" in refusal(main, command("--max_steps", "2"))
+    assert "pass --overwrite to fit it again" in refusal(main, command("--max_steps", "2"))
     main(command("--max_steps", "2", "--overwrite"))
     assert json.loads((mixture / "gates_fit" / "moa_training.json").read_text())["training"]["max_steps"] == 2
 
