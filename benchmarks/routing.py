@@ -157,10 +157,11 @@ class Way:
         generator = torch.Generator().manual_seed(self.asked.seed)
         ids = torch.randint(0, VOCABULARY, (self.asked.batch, self.asked.tokens), generator=generator)
         self.ids = ids.to(self.device)
-        self.prefill()
-        if self.cached:
-            self.fill()
-            self.decode()
+        for _ in range(3 if self.asked.compile else 1):  # CUDA graphs run twice before they are recorded
+            self.prefill()
+            if self.cached:
+                self.fill()
+                self.decode()
 
     def run(self, ids: torch.Tensor, **more: object) -> object:
         with torch.no_grad():

@@ -14,6 +14,7 @@ swapped once, after loading; hooks would be gone when gradient checkpointing rec
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -176,11 +177,16 @@ def install(base_model: nn.Module, route: RouteState) -> None:
     for place, (name, module) in enumerate(adapted.items()):
         if not isinstance(module, GatedLayer):
             _check_kind(name, module)
-            kind = type(module)
-            module.__class__ = type(f"Gated{kind.__name__}", (GatedLayer, kind), {"__module__": __name__})
+            module.__class__ = _gated(type(module))
             module.route = route
         module.stacks, module.looked = {}, None  # columns may be other experts' now
         module.place = place  # another adapter may have come with layers before this one
+
+
+@cache
+def _gated(kind: type[LoraLayer]) -> type[GatedLayer]:
+    """One class for all layers of a kind: a compiled forward asks which class a layer has."""
+    return type(f"Gated{kind.__name__}", (GatedLayer, kind), {"__module__": __name__})
 
 
 def _check_kind(name: str, module: LoraLayer) -> None:

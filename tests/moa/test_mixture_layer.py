@@ -363,6 +363,12 @@ def shallow(build, many):
     return model
 
 
+def test_layers_of_one_kind_have_one_class_which_a_compiled_layer_asks_for(build, many):
+    model = build(many)
+    layers = [model.get_base_model().get_submodule(name) for name in model.route_state.layers]
+    assert len(layers) > 4 and len({type(layer) for layer in layers}) == 1
+
+
 ROUTINGS = [[0, 1, 2], [2, 2, 2], [1, 0, 0], [0, 0, 1], [2, 1, 0]]
 
 
