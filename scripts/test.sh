@@ -12,5 +12,5 @@ ruff format --check --quiet . || { echo "error: run 'ruff format .'" >&2; exit 1
 if [ $# -gt 0 ]; then
     exec python -m pytest "$@"
 fi
-python -m pytest -q -n 2 -m "not real"
+OMP_NUM_THREADS=1 python -m pytest -q -n 2 -m "not real" # two workers, and no library that starts threads of its own
 python -m pytest -q -m real # alone: a real model takes every core
