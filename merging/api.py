@@ -23,6 +23,7 @@ from moa.merging.registry import find_method
 from moa.merging.report import REPORT_FILE, MergeReport
 from moa.merging.statistics import Given, LayerStatistics
 from moa.peft_checks import widest
+from moa.peft_folder import read_config
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class MergeResult:
             modules=self.modules,
             dtype=getattr(torch, self.report.dtype),
             path=self.path,
-            config={"task_type": self.task_type, "revision": self.revision},
+            config=read_config(self.path) if self.path else {"task_type": self.task_type, "revision": self.revision},
             kinds=self.kinds,
             extras=self.extras,
             merged_from=self.report.to_dict(),

@@ -13,8 +13,8 @@ from moa.merging.registry import Merged, merge_method
 from moa.merging.spectral import merged_in_principal_bases, of_nonzero, weighted_core
 
 MAX_SWEEPS = 500
-"""Sweeps over the two bases: a dozen where some directions are stronger than others, some thirty where none are."""
-SETTLED = 1e-6
+"""Sweeps over the two bases: a dozen where some directions are stronger than others, some fifty where none are."""
+SETTLED = 1e-8
 """Share of the energy by which a last sweep without momentum may still have improved the bases."""
 
 
@@ -86,8 +86,9 @@ def common_bases(matrices: Float[Tensor, "n p q"], rank: int) -> Tucker:
 
     Each is to be the leading eigenvectors of sum_i (X_i V)(X_i V)^T, or of sum_i (X_i^T U)(X_i^T U)^T, given the
     other. They start there, and then take one step of orthogonal iteration in turn: as many sweeps as with
-    eigenvectors anew each time, to the same bases, at a quarter of the time. Nesterov's momentum carries V on
-    where it was heading, and starts anew when a sweep gains nothing: a third of the sweeps, on random adapters.
+    eigenvectors anew each time, at a quarter of the time. Nesterov's momentum carries V on where it was heading, and
+    starts anew when a sweep gains nothing: a third of the sweeps, on random adapters. There may be several maxima, of
+    which this finds one, as HOOI does, and not always the same.
     """
     rows, columns = matrices.transpose(0, 1).contiguous(), matrices.permute(2, 0, 1).contiguous()  # p n q, q n p
     energy, captured, gains = float(matrices.square().sum()), 0.0, 0

@@ -30,11 +30,18 @@ SIZE_BITS, SIZE_CLASSES = 6, 2**10
 classes from the largest down: 64 classes for each halving, to 2^-16."""
 
 
+def check_drawn(density: float) -> None:
+    """Refuse a chance that 16 bits cannot draw."""
+    check_density(density)
+    if density < 1 / DRAWS:
+        raise ValueError(f"density is a chance that 16 bits draw and must be at least 2^-16 (1.5e-5), got {density:g}")
+
+
 @merge_method(
     "dare_linear",
     paper="https://arxiv.org/abs/2311.03099",
     breaks=DROPS | ACTS_ON_ENTRIES,
-    check=check_density,
+    check=check_drawn,
     computes_in="float32",
 )
 def dare_linear(
@@ -53,7 +60,7 @@ def dare_linear(
     number of directions that the updates span together, which removes much of it.
 
     Args:
-        density: chance of each entry to be kept, in (0, 1].
+        density: chance of each entry to be kept, in (0, 1], to the nearest multiple of 2^-16.
     """
     density = nearest_chance(density)
     dense = DenseRows(updates, weights / density)
@@ -66,7 +73,7 @@ def dare_linear(
     "dare_ties",
     paper="https://arxiv.org/abs/2311.03099",
     breaks=DROPS | ACTS_ON_ENTRIES,
-    check=check_density,
+    check=check_drawn,
     computes_in="float32",
 )
 def dare_ties(
@@ -87,7 +94,7 @@ def dare_ties(
     which share of the kept entries, by size, lost the election.
 
     Args:
-        density: chance of each entry to be kept, in (0, 1].
+        density: chance of each entry to be kept, in (0, 1], to the nearest multiple of 2^-16.
         election: weigh each vote by the entry's size (total) or not (frequency).
     """
     density = nearest_chance(density)
@@ -99,7 +106,7 @@ def dare_ties(
 
 def check_chances(density: float, epsilon: float) -> None:
     """Refuse chances of DELLA that are none."""
-    check_density(density)
+    check_drawn(density)
     if epsilon < 0 or not 0 < density - epsilon <= density + epsilon <= 1:
         raise ValueError(
             f"density - epsilon and density + epsilon are chances and must be in (0, 1], got {density} and "
@@ -150,7 +157,7 @@ def della(
     return recompressed(matrix, rank, seed, {"outvoted": outvoted})
 
 
-@merge_method("dare_rank", breaks=DROPS, check=check_density)
+@merge_method("dare_rank", breaks=DROPS, check=check_drawn)
 def dare_rank(
     updates: Sequence[LowRank],
     weights: Float[Tensor, " n"],
@@ -166,7 +173,7 @@ def dare_rank(
     and no noise is lost or added by fitting it into one.
 
     Args:
-        density: chance of each rank to be kept, in (0, 1].
+        density: chance of each rank to be kept, in (0, 1], to the nearest multiple of 2^-16.
     """
     density = nearest_chance(density)
     thinned = []

@@ -91,5 +91,5 @@ def _reported(
 def _rounding(exact: LowRank, stored: LowRank) -> float:
     """||stored - exact|| / ||exact||, from the differences of the factors: B A - B' A' = (B - B') A + B' (A - A')."""
     first, second = LowRank(exact.B - stored.B, exact.A), LowRank(stored.B, exact.A - stored.A)
-    error = inner(first, first) + 2 * inner(first, second) + inner(second, second)
-    return math.sqrt(max(error, 0.0)) / exact.norm()
+    error, size = inner(first, first) + 2 * inner(first, second) + inner(second, second), exact.norm()
+    return math.sqrt(max(error, 0.0)) / size if size else 0.0  # what cancels may leave factors whose product is 0

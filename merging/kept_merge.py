@@ -1,7 +1,7 @@
 """`moa merge --state`: a merge that is kept in a folder, changed, and merged again.
 
-A method that reads statistics has the state keep them, and the state merges by it from then on, with the settings of
-the first merge; other states are told how at each merge. (`MergeState` says what is kept.)
+A merge goes on as it was: by the method and the settings of the last time, unless a method is named. A state with
+statistics, which one method reads, always goes back to that method. (`MergeState` says what is kept.)
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,6 +12,7 @@ from moa.merging.api import MergeResult
 from moa.merging.incremental import MergeState, StatisticsState
 from moa.merging.kept_statistics import read_by
 from moa.merging.layers import Progress
+from moa.merging.ranks import RankRule
 from moa.merging.registry import find_method
 from moa.merging.state_files import MANIFEST, check_ours
 
@@ -76,9 +77,23 @@ def merge_kept(
     for member, of in zip(add, known, strict=True):
         path, weight = _weighted(member)
         kept.add(path, weight, statistics=of, progress=progress)
+    if not isinstance(kept, StatisticsState):
+        merging = _as_last_time(kept, merging)
     result = kept.merged(output=output, progress=progress, **merging)
     kept.save(folder)
     return result
+
+
+def _as_last_time(kept: MergeState, merging: dict[str, Any]) -> dict[str, Any]:
+    """What the merge is asked for: what it was asked for the last time and now, or now alone where a method is named.
+
+    The state remembers it for the next time, but for the base model and statistics.
+    """
+    asked = merging if "method" in merging else {**(kept.settings or {}), **merging}
+    if isinstance(asked.get("rank"), Mapping):
+        asked["rank"] = RankRule(**asked["rank"])
+    kept.settings = {name: value for name, value in asked.items() if name not in ("base", "statistics", "objective")}
+    return asked
 
 
 def _checked_folder(state: str | Path, output: str | Path | None) -> Path:

@@ -31,7 +31,7 @@ class MergeState(KeptLayers):
         layers: layer name to its updates.
         check_base: whether adapters of other base models are refused.
         rank: of a truncated state's sum; None for the others.
-        settings: how a state with statistics merges; None for the others.
+        settings: how a state with statistics merges; how any other was merged last by `merge_kept`, None before.
         statistics: name to the statistics of each member of a state that keeps them; empty for the others.
     """
 

@@ -52,6 +52,10 @@ class RankRule:
     def __post_init__(self):
         if self.by not in get_args(By):
             raise ValueError(f"ranks are chosen by one of {', '.join(get_args(By))}, got {self.by!r}")
+        for name in ("energy", "noise"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+                raise ValueError(f"{name} must be a number, got {value!r}")
         if self.energy is None:
             object.__setattr__(self, "energy", 0.99 if self.budget is None else 1.0)
         if not 0 < self.energy <= 1:

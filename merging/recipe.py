@@ -53,6 +53,7 @@ KINDS: Mapping[str, tuple[Any, str]] = {
     "path": (str | Path, "a folder or a Hub repository"),
     "name": (str, "text"),
     "output": (str | Path, "a folder"),
+    "base": (str | Path | torch.nn.Module, "a folder or a Hub repository"),
     "weights": (list | tuple, "a list of numbers"),
     "initial": (Mapping, "a mapping of adapters to folders"),
     "statistics": (list | tuple, "a list of files"),
@@ -192,10 +193,7 @@ def _rank(rank: Any) -> Any:
     for name in rank:
         if name not in known:
             raise ValueError(f"rank takes {', '.join(known)}, got {name!r}{nearest(str(name), known)}")
-    try:
-        return RankRule(**rank)
-    except TypeError as error:
-        raise ValueError(f"rank of a recipe has a value of the wrong kind, got {dict(rank)}: {error}") from error
+    return RankRule(**rank)
 
 
 def _member(

@@ -12,6 +12,7 @@ returns the function unchanged.
 """
 
 import inspect
+import math
 import re
 import types
 from collections.abc import Callable, Mapping, Sequence
@@ -243,6 +244,8 @@ def _checked(method: str, option: str, value: Any, annotation: Any) -> Any:
     elif annotation is float:
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise TypeError(f"{option} of {method} must be a number, got {value!r}")
+        if math.isinf(value):
+            raise ValueError(f"{option} of {method} must be a finite number, got {value!r}")
         return float(value)
     elif not isinstance(value, annotation) or (annotation is int and isinstance(value, bool)):
         raise TypeError(f"{option} of {method} must be of type {annotation.__name__}, got {value!r}")

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -125,7 +126,10 @@ def read_statistics(path: str | Path) -> Statistics:
 
     def read(key: str) -> Tensor:
         with safe_open(file, framework="pt") as stored:  # opened anew, or its pages would all stay in memory
-            return stored.get_tensor(key)
+            tensor = stored.get_tensor(key)
+        if tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():
+            raise ValueError(f"{file} holds NaN or infinite values ({key}): collect it again with --overwrite")
+        return tensor
 
     return Statistics(read, header["layers"], header["about"])
 

@@ -7,6 +7,7 @@ import itertools
 import os
 import re
 import sys
+import warnings
 from collections.abc import Callable, Iterable
 from typing import Any, NoReturn, ParamSpec, TypeVar
 
@@ -18,13 +19,14 @@ T = TypeVar("T")
 def run(main: Callable[P, T]) -> Callable[P, T]:
     """Decorate an entry point: what the user can mend ends in one line and status 2, without a traceback.
 
-    `ValueError` and `OSError` (a missing file, no network, a full disk) are for the user; any other exception
-    is a bug of ours and keeps its traceback. Ctrl-C exits with 130, a reader of our output that has gone, as `head`
-    does, with 1. `MOA_TRACEBACK=1` shows every traceback.
+    `ValueError` and `OSError` (a missing file, no network, a full disk) are for the user; any other exception is a bug
+    of ours and keeps its traceback. A warning is one line, without its place in the source. Ctrl-C exits with 130, a
+    reader of our output that has gone, as `head` does, with 1. `MOA_TRACEBACK=1` shows every traceback.
     """
 
     @functools.wraps(main)
     def entry_point(*args: P.args, **kwargs: P.kwargs) -> T:
+        warnings.formatwarning = lambda message, *_, **__: f"warning: {one_line(message)}\n"
         try:
             try:
                 return main(*args, **kwargs)

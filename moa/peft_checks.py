@@ -87,6 +87,7 @@ def refuse_unsupported(config: Mapping[str, Any], where: str, *, initial: bool =
         initial: the adapter as it was before training is known too, so that an initialisation which changed the
             base weights can be taken out again.
     """
+    _check_values(config, where)
     if config.get("peft_type") != "LORA":
         raise AdapterError(f"{where} is a {config.get('peft_type')} adapter, and only LORA adapters can be read")
     for option, reason in UNSUPPORTED.items():
@@ -109,6 +110,41 @@ def refuse_unsupported(config: Mapping[str, Any], where: str, *, initial: bool =
     known = HARMLESS | set(UNSUPPORTED)
     if unknown := sorted(k for k, v in config.items() if v and k not in known):
         warnings.warn(f"{where}: ignoring config entries that are not known here: {', '.join(unknown)}", stacklevel=3)
+
+
+def _check_values(config: Mapping[str, Any], where: str) -> None:
+    """Refuse values that PEFT could not have written, before anything is done with them."""
+    for key in ("target_modules", "exclude_modules"):
+        value = config.get(key)
+        if not isinstance(value, str | None) and not _is_list_of_names(value):
+            raise AdapterError(f"{where}: {key} in the config must be a pattern or a list of names, got {value!r}")
+        _check_pattern(value if isinstance(value, str) else "", key, where)
+    for key in ("rank_pattern", "alpha_pattern"):
+        value = config.get(key) or {}
+        if not isinstance(value, Mapping):
+            raise AdapterError(f"{where}: {key} in the config must map patterns to numbers, got {value!r}")
+        for pattern in value:
+            _check_pattern(pattern, key, where)
+            _number(value, pattern, f"{where}: {key}")
+    for key in ("base_model_name_or_path", "revision"):
+        if not isinstance(config.get(key), str | None):
+            raise AdapterError(f"{where}: {key} in the config must be text, got {config[key]!r}")
+    for key in ("use_rslora", "use_dora", "lora_bias", "fan_in_fan_out"):
+        if not isinstance(config.get(key), bool | None):
+            raise AdapterError(f"{where}: {key} in the config must be true or false, got {config[key]!r}")
+
+
+def _is_list_of_names(value: Any) -> bool:
+    return isinstance(value, list | tuple | Set) and all(isinstance(name, str) for name in value)
+
+
+def _check_pattern(pattern: str, key: str, where: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise AdapterError(
+            f"{where}: {key} in the config has {pattern!r}, which is no regular expression ({error})"
+        ) from error
 
 
 def changes_the_base(config: Mapping[str, Any]) -> bool:

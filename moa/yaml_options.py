@@ -55,7 +55,10 @@ def read_mapping(file: str) -> dict[str, Any]:
     Raises:
         FileNotFoundError, ValueError: as `read_options`.
     """
-    return {key: _plain(node, where) for key, node, where in read_options(file)}
+    try:
+        return {key: _plain(node, where) for key, node, where in read_options(file)}
+    except RecursionError:
+        raise ValueError(f"{file} holds an alias (*name) of what it is itself part of: write it out") from None
 
 
 def environment_of(node: yaml.Node, where: str) -> dict[str, str]:

@@ -3,6 +3,8 @@
 import inspect
 import json
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +13,7 @@ import torch
 
 from moa.adapters import Extras, read_adapter, write_adapter
 from moa.errors import one_line
-from moa.merging import RankRule, find_method, merge, merge_recipe, methods
+from moa.merging import RankRule, find_method, merge, merge_recipe, methods, read_recipe
 from moa.merging.cli import main
 
 DOWN = "model.layers.0.mlp.down_proj"
@@ -261,3 +263,54 @@ def test_a_config_that_is_no_json_is_refused(folders):
     assert "is not valid JSON" in refusal(folders)
     (folders[0] / "adapter_config.json").write_text(json.dumps([1]))
     assert "must hold a JSON object, got a list" in refusal(folders)
+
+
+@pytest.mark.parametrize(
+    ("entry", "said"),
+    [
+        ({"target_modules": "("}, "target_modules in the config has '(', which is no regular expression"),
+        ({"exclude_modules": "*"}, "exclude_modules in the config has '*', which is no regular expression"),
+        ({"target_modules": 5}, "target_modules in the config must be a pattern or a list of names, got 5"),
+        ({"exclude_modules": [3]}, "exclude_modules in the config must be a pattern or a list of names, got [3]"),
+        ({"rank_pattern": [1]}, "rank_pattern in the config must map patterns to numbers, got [1]"),
+        ({"rank_pattern": {"(": 3}}, "rank_pattern in the config has '(', which is no regular expression"),
+        ({"rank_pattern": {"q_proj": "x"}}, "rank_pattern: q_proj in the config must be a number, got 'x'"),
+        ({"alpha_pattern": {"q_proj": None}}, "alpha_pattern: q_proj in the config must be a number, got None"),
+        ({"base_model_name_or_path": 3}, "base_model_name_or_path in the config must be text, got 3"),
+        ({"use_rslora": "yes"}, "use_rslora in the config must be true or false, got 'yes'"),
+    ],
+)
+def test_a_config_that_peft_could_not_have_written_is_refused(folders, edit_config, entry, said):
+    assert said in refusal([folders[0], edit_config(folders[1], **entry)], rank=2)
+
+
+@pytest.mark.parametrize(
+    ("method", "option"), [("wudi", "ridge"), ("wudi", "cap"), ("consensus", "threshold"), ("regmean", "ridge")]
+)
+def test_options_are_finite(folders, method, option):
+    said = refusal(folders, method=method, **{option: float("inf")})
+    assert f"{option} of {method} must be a finite number, got inf" in said
+
+
+def test_a_chance_that_cannot_be_drawn_is_refused(folders):
+    assert "must be at least 2^-16" in refusal(folders, method="dare_linear", density=1e-6)
+
+
+def test_a_recipe_that_is_part_of_itself_is_refused(tmp_path):
+    (tmp_path / "loop.yaml").write_text("adapters: &all [a, *all]")
+    with pytest.raises(ValueError, match="holds an alias"):
+        read_recipe(tmp_path / "loop.yaml")
+
+
+def test_a_rule_for_ranks_takes_numbers():
+    with pytest.raises(ValueError, match="energy must be a number, got 'x'"):
+        RankRule(energy="x")
+
+
+def test_a_warning_is_one_line_on_a_command_line(folders, edit_config, tmp_path):
+    edit_config(folders[1], target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj", "lost"])
+    words = [sys.executable, "-m", "moa.cli", "merge", *map(str, folders[:2]), "--output", str(tmp_path / "out")]
+    words[1:3] = ["-c", "import sys; from moa.cli import main; main(sys.argv[1:])"]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    lines = [line for line in done.stderr.splitlines() if "lost" in line]
+    assert len(lines) == 1 and lines[0].startswith("warning: ") and "UserWarning" not in done.stderr

@@ -1,6 +1,7 @@
 """LoRA-LEGO on adapters whose clusters are known, against its formulas written out vector by vector."""
 
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -216,3 +217,15 @@ def test_the_report_tells_how_far_units_are_from_their_centroids(clustered):
 def test_bad_options_are_refused_in_one_sentence(options, message, clustered):
     with pytest.raises(ValueError, match=message):
         merged(clustered, **options)
+
+
+@pytest.mark.parametrize("method", ["lego", "lego_gauge_safe"])
+@pytest.mark.parametrize("how", [{"scale": 0.7}, {"scale": 3.0}, {"restore_norm": True}])
+def test_an_adapter_less_itself_merges_whatever_rounding_is_left(method, how):
+    for seed in range(12):
+        generator = torch.Generator().manual_seed(seed)
+        B, A = torch.randn(24, 4, generator=generator), torch.randn(4, 20, generator=generator)
+        adapters = [Adapter(name, "tiny", {"layer": LowRank(B, A)}) for name in ("a", "b")]
+        merged = merge(adapters, method, weights=[1.0, -1.0], **how)
+        assert all(torch.isfinite(factor).all() for u in merged.modules.values() for factor in (u.B, u.A))
+        assert math.isfinite(merged.report.layers["layer"].rounding)

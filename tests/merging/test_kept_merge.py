@@ -225,3 +225,24 @@ def test_a_folder_with_an_equals_sign_in_its_name_can_be_added(command, folders,
     output = command("--add", f"{odd}=0.5", "--rank", "9")
     assert_same_change(output, summed([*folders[:2], odd], [0.7, 0.5, 0.5]))
     assert Path(MergeState.load(kept).members["c=2"].path) == odd
+
+
+def test_a_merge_goes_on_as_it_was_unless_a_method_is_named(command, folders, tmp_path):
+    command(*folders[:2], "--method", "ties", "--density", "0.5", "--scale", "2", "--dtype", "float64")
+    settings = {"density": 0.5, "scale": 2, "dtype": "float64", "rank": "full"}
+    output = command("--add", folders[2], "--rank", "full")  # one setting more, the others as before
+    for words in ([], ["--reweight", "a=0.5"]):
+        weights = [0.5 if words else 1 / 3, 1 / 3, 1 / 3]
+        output = command(*words) if words else output
+        fresh = merge(folders, "ties", weights=weights, **settings)
+        assert_same_change(output, {m: u.delta() for m, u in fresh.modules.items()}, tolerance=1e-9)
+        assert json.loads((output / "merge_report.json").read_text())["options"]["density"] == 0.5
+    command("--method", "svd", "--rank", "5")
+    report = json.loads((command("--remove", "b") / "merge_report.json").read_text())
+    assert (report["method"], report["rank"], report["scale"]) == ("svd", 5, 1.0)
+
+
+def test_a_rule_for_ranks_is_remembered_too(command, folders, tmp_path):
+    command(*folders, "--rank", "auto", "--rank-energy", "0.6", "--max-rank", "3")
+    fresh = merge(folders[:2], rank=RankRule(energy=0.6, max_rank=3))
+    assert_same_change(command("--remove", "c"), {m: u.delta() for m, u in fresh.modules.items()})

@@ -262,7 +262,7 @@ def test_a_merge_of_a_live_models_adapters_cannot_be_made_again(adapters, tmp_pa
         ({"adapters": ["a"], "dtype": 5}, "dtype must be one of"),
         ({"adapters": ["a"], "rank": 2.5}, "rank of a recipe takes a whole number, auto, full, or a rule's"),
         ({"adapters": ["a"], "rank": {"enrgy": 0.5}}, "got 'enrgy'; did you mean 'energy'?"),
-        ({"adapters": ["a"], "rank": {"energy": "all"}}, "rank of a recipe has a value of the wrong kind"),
+        ({"adapters": ["a"], "rank": {"energy": "all"}}, "energy must be a number, got 'all'"),
         ({"adapters": ["nowhere/at/all"]}, "nowhere"),
         ("", "is empty"),
         ("- a\n- b\n", "must hold `name: value` lines, got a list"),
@@ -336,3 +336,18 @@ def test_names_in_a_recipe_are_those_of_the_report(folders, tmp_path):
     report = merge_recipe({"name": "mine", "adapters": members}, beside=tmp_path).report
     assert list(report.weights) == ["first", "b", "weighted_sum"] and report.name == "mine"
     assert re.fullmatch("[0-9a-f]{64}", report.sources[0].sha256)
+
+
+def test_a_merge_of_a_written_merge_is_repeated_from_its_own_folder(folders, recipe, tmp_path):
+    inner = {"adapters": ["b", "c"], "output": str(tmp_path / "inner")}
+    main(
+        [
+            "--config",
+            str(recipe({"method": "weighted_sum", "adapters": ["a", inner]})),
+            "--output",
+            str(tmp_path / "o"),
+        ]
+    )
+    main(["--config", str(tmp_path / "o"), "--output", str(tmp_path / "again")])
+    for file in FILES[:2]:
+        assert (tmp_path / "o" / file).read_bytes() == (tmp_path / "again" / file).read_bytes()

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from moa.merging.statistics import (
     STATISTICS_FILE,
     LayerStatistics,
     Statistics,
+    fisher_key,
     read_statistics,
     statistics_of,
     write_statistics,
@@ -293,3 +295,11 @@ def test_the_file_beside_an_adapter_disturbs_no_reader(make_adapter, base_model,
     for module, update in merge([folder], "svd", dtype="float64").modules.items():
         assert torch.equal(update.delta(), before[module].delta())
     assert torch.equal(PeftModel.from_pretrained(base_model, folder)(tokens).logits, plain)
+
+
+def test_stored_statistics_with_nan_are_refused_when_they_are_read(collected, tmp_path):
+    module = next(iter(collected))
+    bad = replace(collected, read=lambda key: collected.read(key) * (torch.nan if key == fisher_key(module) else 1))
+    stored = read_statistics(write_statistics(tmp_path / "bad.safetensors", bad, {}))
+    with pytest.raises(ValueError, match=r"bad.safetensors holds NaN or infinite values \(fisher"):
+        stored[module]
