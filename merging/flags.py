@@ -113,7 +113,7 @@ def _add_data(parser: argparse.ArgumentParser, needs: set[str]) -> None:
 
 def _add_kept(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
-    text = "where it is kept: created, or changed and merged again (by a method with statistics: as the first time)"
+    text = "where it is kept: created, or changed and merged again, as the last time unless --method says otherwise"
     add("--state", metavar="FOLDER", help=text)
     add("--add", nargs="+", metavar="ADAPTER[=W]", help="adapters to take in")
     add("--remove", nargs="+", metavar="NAME", help="adapters to take out")
