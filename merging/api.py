@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from moa.adapters import Adapter, Extras, Kind, write_adapter
+from moa.adapters import Adapter, Extras, Kind, read_adapter, write_adapter
 from moa.low_rank import LowRank
 from moa.merging.asked import Asked
 from moa.merging.carried import Beside, beside_updates, check_carried, check_nothing_beside
@@ -23,7 +23,6 @@ from moa.merging.registry import find_method
 from moa.merging.report import REPORT_FILE, MergeReport
 from moa.merging.statistics import Given, LayerStatistics
 from moa.peft_checks import widest
-from moa.peft_folder import read_config
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,9 @@ class MergeResult:
             modules=self.modules,
             dtype=getattr(torch, self.report.dtype),
             path=self.path,
-            config=read_config(self.path) if self.path else {"task_type": self.task_type, "revision": self.revision},
+            config=read_adapter(self.path).config
+            if self.path
+            else {"task_type": self.task_type, "revision": self.revision},
             kinds=self.kinds,
             extras=self.extras,
             merged_from=self.report.to_dict(),
