@@ -49,6 +49,7 @@ class MergeResult:
 
     def adapter(self, name: str) -> Adapter:
         """The merged adapter in memory, to merge it further."""
+        agreed_on = {"task_type": self.task_type, "revision": self.revision}
         return Adapter(
             name=name,
             base_model=self.report.base_model,
