@@ -56,9 +56,7 @@ class MergeResult:
             modules=self.modules,
             dtype=getattr(torch, self.report.dtype),
             path=self.path,
-            config=read_adapter(self.path).config
-            if self.path
-            else {"task_type": self.task_type, "revision": self.revision},
+            config=read_adapter(self.path).config if self.path else agreed_on,
             kinds=self.kinds,
             extras=self.extras,
             merged_from=self.report.to_dict(),
