@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 DENSITY, COMMON, BETA = 0.2, 0.8, 0.5  # the methods' defaults
+SETTLED = 1e-8  # as in the design: HOOI ends at a gain of less of the energy
 Part = tuple[Tensor, Tensor, Tensor]
 
 
@@ -86,7 +87,7 @@ def dense_ctm(deltas: Tensor, rank: int) -> Tensor:
     while True:
         last, V = V, stepped(torch.cat([x.T @ U for x in X], dim=1), ahead)
         before, captured = captured, sum((U.T @ x @ V).square().sum() for x in X)
-        if captured - before > 1e-7 * energy:
+        if captured - before > SETTLED * energy:
             gains += 1
         elif gains:
             gains = 0
