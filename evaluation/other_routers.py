@@ -21,7 +21,6 @@ from moa.evaluation.systems import System, adapter_cost, experts_fingerprint
 from moa.in_flight import prefill_overhead
 from moa.model import MoaModel
 from moa.route_state import LayerRouter
-from moa.router import SequenceRouter
 from moa.routing import Granularity, RoutingMode, route_logits
 
 
@@ -49,6 +48,10 @@ def router_systems(model: MoaModel, names: Sequence[str], *, seed: int = 0) -> l
 
 def _system(model: MoaModel, name: str, seed: int) -> System:
     router, config, cost = ROUTERS[name], model.moa_config, adapter_cost(model, model.experts)
+    if router.reads is not None and model.moa_router is None:
+        raise ValueError(
+            f"--routers {name} needs the mixture's fitted router, and it has none: fit one with 'moa fit-router'"
+        )
     fingerprint = [experts_fingerprint(model), str(seed)]
     if router.reads is not None:
         cost["prefill_overhead"] = prefill_overhead(model, router.reads)
@@ -60,9 +63,14 @@ def _system(model: MoaModel, name: str, seed: int) -> System:
 
 def _uniform(model: MoaModel, seed: int) -> Activate:
     routing = uniform(model.experts)
-    with model.pinned(routing):  # refuses experts that cannot be mixed now, not after hours of other rows
-        pass
+    _check_mixable(model)
     return lambda input_ids, attention_mask: model.pinned(routing)
+
+
+def _check_mixable(model: MoaModel) -> None:
+    """Refuse experts that cannot be mixed now, not after hours of other rows."""
+    with model.pinned(uniform(model.experts)):
+        pass
 
 
 def _random(model: MoaModel, seed: int) -> Activate:
@@ -70,7 +78,7 @@ def _random(model: MoaModel, seed: int) -> Activate:
 
 
 def _centroid(model: MoaModel, seed: int) -> Activate:
-    router = nearest_centroid(_fitted(model, "centroid"))
+    router = nearest_centroid(model.moa_router)
 
     def activate(input_ids: Tensor, attention_mask: Tensor) -> AbstractContextManager:
         return model.pinned(route_logits(router(model.features(input_ids, attention_mask)), "hard"))
@@ -89,8 +97,7 @@ def _gates(model: MoaModel, seed: int) -> Activate:
 
 
 def _by_token(model: MoaModel, router: LayerRouter) -> Activate:
-    with model.route_state.set(layer_router=router):  # as for uniform
-        pass
+    _check_mixable(model)
     return lambda input_ids, attention_mask: model.route_state.set(layer_router=router)
 
 
@@ -98,11 +105,10 @@ def _fitted_router(granularity: Granularity, mode: RoutingMode) -> Callable[[Moa
     """The mixture's own router in another way than the mixture's, trusting the experts with every prompt."""
 
     def build(model: MoaModel, seed: int) -> Activate:
-        router = _fitted(model, granularity)
         if granularity == "layer":
-            check_depths(router)
+            check_depths(model.moa_router)
         if mode == "soft":
-            _uniform(model, seed)
+            _check_mixable(model)
 
         def activate(input_ids: Tensor, attention_mask: Tensor) -> AbstractContextManager:
             how = {"routing": mode, "granularity": granularity, "abstain": False}
@@ -111,14 +117,6 @@ def _fitted_router(granularity: Granularity, mode: RoutingMode) -> Callable[[Moa
         return activate
 
     return build
-
-
-def _fitted(model: MoaModel, asked: str) -> SequenceRouter:
-    if model.moa_router is None:
-        raise ValueError(
-            f"--routers {asked} needs the mixture's fitted router, and it has none: fit one with 'moa fit-router'"
-        )
-    return model.moa_router
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moa.merging.statistics import Statistics, fisher_key, gram_key
+from moa.peft_checks import all_finite
 
 
 def collect(
@@ -143,7 +144,7 @@ class _Collector:
         for name, total in self.fishers.items():
             tensors[fisher_key(name)] = (total / self.tokens[self.reads_with[name]]).cpu()
         for key, tensor in tensors.items():
-            if not torch.isfinite(tensor).all():
+            if not all_finite(tensor):
                 raise ValueError(f"{key} is not finite: the model overflows on this text, load it in float32")
         layers = {
             name: {

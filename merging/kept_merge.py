@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from moa.merging.api import MergeResult
+from moa.merging.checks import checked_dtype
 from moa.merging.incremental import MergeState, StatisticsState
 from moa.merging.kept_statistics import read_by
 from moa.merging.layers import Progress
@@ -89,9 +90,11 @@ def _as_last_time(kept: MergeState, merging: dict[str, Any]) -> dict[str, Any]:
 
     The state remembers it for the next time, but for the base model and statistics.
     """
-    asked = merging if "method" in merging else {**(kept.settings or {}), **merging}
+    asked = {**({} if "method" in merging else kept.settings or {}), **merging}
     if isinstance(asked.get("rank"), Mapping):
         asked["rank"] = RankRule(**asked["rank"])
+    if asked.get("dtype") is not None:
+        asked["dtype"] = str(checked_dtype(asked["dtype"])).removeprefix("torch.")
     kept.settings = {name: value for name, value in asked.items() if name not in ("base", "statistics", "objective")}
     return asked
 

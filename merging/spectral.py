@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from moa.low_rank import NUMERICAL_RANK_TOLERANCE, SVD, Core, LowRank, core, span, stack
-from moa.merging.dropout import RandomDrop, nearest_chance
+from moa.merging.dropout import RandomDrop, check_drawn, nearest_chance
 from moa.merging.entrywise import Rule, check_density, merged_by_rule
 from moa.merging.linear import weighted_sum
 from moa.merging.registry import Merged, merge_method
@@ -97,6 +97,11 @@ def svd(updates: Sequence[LowRank], weights: Float[Tensor, " n"], *, rank: int |
     return weighted_sum(updates, weights, rank=rank or max(update.rank for update in updates))
 
 
+def check_rule(rule: Rule, density: float) -> None:
+    """Refuse a share of entries that is none, or a chance that cannot be drawn."""
+    (check_drawn if rule.startswith("dare") else check_density)(density)
+
+
 @merge_method(
     "knots",
     paper="https://arxiv.org/abs/2410.19735",
@@ -106,7 +111,7 @@ def svd(updates: Sequence[LowRank], weights: Float[Tensor, " n"], *, rank: int |
         "rotation": "its rule acts on the entries of what is read, which a rotation of the inputs mixes",
         "span": "its rule acts on the entries of what is read, which leaves the span of the adapters' A",
     },
-    check=check_density,
+    check=check_rule,
     computes_in="float32",
 )
 @of_nonzero

@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from moa.adapters import Adapter
+from moa.peft_checks import all_finite
 
 STATISTICS_FILE = "merge_statistics.safetensors"
 HEADER = "moa_statistics"  # the only entry of the metadata: safetensors writes several in any order
@@ -127,7 +127,7 @@ def read_statistics(path: str | Path) -> Statistics:
     def read(key: str) -> Tensor:
         with safe_open(file, framework="pt") as stored:  # opened anew, or its pages would all stay in memory
             tensor = stored.get_tensor(key)
-        if tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():
+        if not all_finite(tensor):
             raise ValueError(f"{file} holds NaN or infinite values ({key}): collect it again with --overwrite")
         return tensor
 

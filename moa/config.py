@@ -148,6 +148,10 @@ class MoaConfig:
         """All that a saved expert is, its weights' digest and its config's: another alpha is another expert."""
         return f"{self.sha256[f'{name}/{WEIGHTS_FILE}']} {self.sha256[f'{name}/{CONFIG_FILE}']}"
 
+    def forget_routed_scores(self) -> None:
+        """Drop what the mixture scored as it routed before; merges and adapters keep theirs."""
+        self.scores = {name: score for name, score in self.scores.items() if not name.startswith("moa")}
+
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=2) + "\n"
 

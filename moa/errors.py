@@ -26,11 +26,12 @@ def run(main: Callable[P, T]) -> Callable[P, T]:
 
     @functools.wraps(main)
     def entry_point(*args: P.args, **kwargs: P.kwargs) -> T:
-        warnings.formatwarning = lambda message, *_, **__: f"warning: {one_line(message)}\n"
+        usual, warnings.formatwarning = warnings.formatwarning, _one_line_warning
         try:
             try:
                 return main(*args, **kwargs)
             finally:
+                warnings.formatwarning = usual
                 print(end="", flush=True)  # at exit, where Python would flush, nothing could catch the error
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
@@ -42,6 +43,10 @@ def run(main: Callable[P, T]) -> Callable[P, T]:
             refuse(error)
 
     return entry_point
+
+
+def _one_line_warning(message: Warning | str, *_: Any, **__: Any) -> str:
+    return f"warning: {' '.join(str(message).split())}\n"
 
 
 class OneLineParser(argparse.ArgumentParser):

@@ -116,9 +116,10 @@ def _check_values(config: Mapping[str, Any], where: str) -> None:
     """Refuse values that PEFT could not have written, before anything is done with them."""
     for key in ("target_modules", "exclude_modules"):
         value = config.get(key)
-        if not isinstance(value, str | None) and not _is_list_of_names(value):
+        if isinstance(value, str):
+            _check_pattern(value, key, where)
+        elif value is not None and not _is_list_of_names(value):
             raise AdapterError(f"{where}: {key} in the config must be a pattern or a list of names, got {value!r}")
-        _check_pattern(value if isinstance(value, str) else "", key, where)
     for key in ("rank_pattern", "alpha_pattern"):
         value = config.get(key) or {}
         if not isinstance(value, Mapping):
@@ -228,6 +229,11 @@ def _number(config: Mapping[str, Any], key: str, where: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise AdapterError(f"{where}: {key} in the config must be a number, got {value!r}")
     return value
+
+
+def all_finite(tensor: torch.Tensor) -> bool:
+    """Whether a tensor holds neither NaN nor an infinity: its least and largest entry, one pass, tell both."""
+    return tensor.numel() == 0 or bool(torch.stack(tensor.aminmax()).isfinite().all())
 
 
 def widest(dtypes: Iterable[torch.dtype]) -> torch.dtype:

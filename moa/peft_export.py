@@ -17,7 +17,7 @@ from torch import Tensor
 
 from moa.extras import LINEAR, Extras, Kind
 from moa.low_rank import LowRank
-from moa.peft_checks import CONFIG_FILE, KEY_PREFIX, WEIGHTS_FILE, AdapterError, widest
+from moa.peft_checks import CONFIG_FILE, KEY_PREFIX, WEIGHTS_FILE, AdapterError, all_finite, widest
 from moa.peft_format import check_storable, lora_config, parent_of, stored_factors
 
 __all__ = ["add_to_model", "check_name", "check_storable", "write_adapter"]
@@ -221,7 +221,7 @@ def check_name(name: str, kind: str = "adapter") -> str:
 def _stored(value: Tensor, dtype: torch.dtype, what: str) -> Tensor:
     """A copy fit for a file: on the CPU, contiguous, sharing memory with nothing, finite in its dtype."""
     stored = value.detach().to("cpu", dtype, copy=True).contiguous()
-    if not torch.isfinite(stored).all():
+    if not all_finite(stored):
         raise AdapterError(f"the {what} hold NaN or values beyond the range of {dtype}: save in float32 or bfloat16")
     return stored
 

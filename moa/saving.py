@@ -18,7 +18,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from peft import PeftModelForCausalLM
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -27,6 +26,7 @@ from moa.adapters import file_sha256, from_model, settle_configs
 from moa.base_model import load_base_model, same_base
 from moa.card import mixture_card
 from moa.config import CONFIG_NAME, FALLBACK, GATES_NAME, ROUTER_NAME, MoaConfig
+from moa.peft_checks import all_finite
 from moa.router import SequenceRouter
 from moa.strangeness import empty_detector
 from moa.token_gates import TokenGates
@@ -246,7 +246,7 @@ def _read_gates(model: MoaModel, directory: Path) -> TokenGates:
             f"{file} does not hold the gates by which {CONFIG_NAME} routes tokens "
             f"({str(error).splitlines()[-1].strip()}): save or download the mixture again"
         ) from error
-    if not all(torch.isfinite(tensor).all() for tensor in gates.state_dict().values()):
+    if not all(map(all_finite, gates.state_dict().values())):
         raise ValueError(f"{file} holds NaN or infinite values: its training diverged, train the gates again")
     return gates.to(model.device).requires_grad_(False)
 

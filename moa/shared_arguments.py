@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 
 @dataclass
@@ -97,16 +96,3 @@ class RefitArguments(ComputingArguments, RowsArguments, MixtureArguments):
     num_processes: int | None = field(
         default=None, metadata={"help": "refuse to run with another number of processes"}
     )
-
-    @property
-    def refit(self) -> dict[str, Any]:
-        """As `refit_router` and `fit_gates` take it."""
-        return {
-            "rows": self.rows_from,
-            "train_rows": self.train_rows,
-            "validation_rows": self.validation_rows,
-            "computing": self.computing,
-            "model_name": self.model,
-            "check_base": self.check_base,
-            "overwrite": self.overwrite,
-        }

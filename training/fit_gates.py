@@ -42,11 +42,10 @@ def main(argv: list[str] | None = None) -> None:
     from moa.training.gates_fit import fit_gates
 
     check_launch(asked.num_processes)
-    folder = asked.folder
     if training.output_dir == RUN_FOLDER:
-        training.output_dir = str(folder / "gates_fit")
-    tasks = load_tasks(asked.tasks or MoaConfig.from_json(folder / CONFIG_NAME).experts)
-    fit_gates(folder, tasks, training, **asked.refit)
+        training.output_dir = str(asked.folder / "gates_fit")
+    tasks = load_tasks(asked.tasks or MoaConfig.from_json(asked.folder / CONFIG_NAME).experts)
+    fit_gates(asked, tasks, training)
 
 
 if __name__ == "__main__":

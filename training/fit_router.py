@@ -51,11 +51,10 @@ def main(argv: list[str] | None = None) -> None:
     from moa.training.mixture import refit_router
 
     check_launch(asked.num_processes)
-    folder = asked.folder
     if training.output_dir == RUN_FOLDER:
-        training.output_dir = str(folder / "router_fit")
-    tasks = load_tasks(asked.tasks or MoaConfig.from_json(folder / CONFIG_NAME).experts)
-    refit_router(folder, tasks, training, choices, **asked.refit)
+        training.output_dir = str(asked.folder / "router_fit")
+    tasks = load_tasks(asked.tasks or MoaConfig.from_json(asked.folder / CONFIG_NAME).experts)
+    refit_router(asked, tasks, training, choices)
 
 
 if __name__ == "__main__":

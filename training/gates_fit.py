@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -20,11 +20,12 @@ from moa.base_model import load_tokenizer
 from moa.config import CONFIG_NAME, MoaConfig
 from moa.model import MoaModel
 from moa.precision import dtype_of
+from moa.shared_arguments import RefitArguments
 from moa.tasks import Example, Task
 from moa.training.completion_config import CompletionConfig
 from moa.training.data import completion_dataset
 from moa.training.moa_trainer import MoaTrainerMixin
-from moa.training.record import Run, asked_dtype, open_refit, settings_of, text_sha256
+from moa.training.record import Run, open_refit, refit_record, settings_of, text_sha256
 from moa.training.trainer import LoraTrainer
 
 REPORT_NAME = "gates_report.json"
@@ -35,52 +36,33 @@ class GatesTrainer(MoaTrainerMixin, LoraTrainer):
     """Trains a mixture whose tokens choose their experts; nothing in it needs to know where a prompt ends."""
 
 
-def fit_gates(
-    folder: Path,
-    tasks: Sequence[Task],
-    training: CompletionConfig,
-    *,
-    rows: Mapping[str, Any],
-    train_rows: int,
-    validation_rows: int,
-    computing: Mapping[str, str],
-    model_name: str | None = None,
-    check_base: bool = True,
-    overwrite: bool = False,
-) -> None:
+def fit_gates(asked: RefitArguments, tasks: Sequence[Task], training: CompletionConfig) -> None:
     """Train gates for the experts of a saved mixture, and save the mixture with them, routing by them.
 
     Args:
-        folder: of the mixture; earlier gates in it are not used, a router in it stays.
+        asked: which mixture, from which rows; earlier gates in it are not used, a router in it stays.
         tasks: whose rows the gates learn from; an expert need not be trained for each.
-        rows: `source` and `data_dir` of the rows.
-        train_rows, validation_rows: rows a task to train on, and to tell the likelihood before and after.
-        computing: `dtype` and `attn_implementation` of `load_base_model`.
-        model_name: the base model, if not the one that the mixture names.
-        overwrite: forget an earlier training that was made otherwise.
 
     Raises:
         ValueError: an expert that cannot be mixed (DoRA), or an earlier training that was made otherwise.
     """
-    config = MoaConfig.from_json(folder / CONFIG_NAME)
+    config = MoaConfig.from_json(asked.folder / CONFIG_NAME)
     seen, unseen = (
-        [one for task in tasks for one in task.examples(split, limit=limit, seed=training.seed, **rows)]
-        for split, limit in (("train", train_rows), ("validation", validation_rows))
+        [one for task in tasks for one in task.examples(split, limit=limit, seed=training.seed, **asked.rows_from)]
+        for split, limit in (("train", asked.train_rows), ("validation", asked.validation_rows))
     )
     record = {
-        "base_model": model_name or config.base_model,
-        "experts": {name: config.expert_sha256(name) for name in config.experts},
-        **asked_dtype(computing),
+        **refit_record(asked, config),
         "training": {**settings_of(training), "max_length": training.max_length},
         "rows_sha256": text_sha256(one.prompt + one.answer for one in [*seen, *unseen]),
     }
-    run = open_refit(Path(training.output_dir), record, training, result=REPORT_NAME, overwrite=overwrite)
+    run = open_refit(asked, record, training, result=REPORT_NAME)
     if run.finished:
-        print(f"kept the gates of {folder}: they were trained with these settings", flush=True)
+        print(f"kept the gates of {asked.folder}: they were trained with these settings", flush=True)
         return
     with run.withdrawn_if_refused():
-        model = MoaModel.from_pretrained(model_name, folder, check_base=check_base, **computing)
-        tokenizer = load_tokenizer(model_name or config.base_model)
+        model = MoaModel.from_pretrained(asked.model, asked.folder, check_base=asked.check_base, **asked.computing)
+        tokenizer = load_tokenizer(asked.model or config.base_model)
         trainer = gates_trainer(model, tokenizer, training, seen)
     told = partial(_answer_loss, model, tokenizer, unseen)
     found = {"rows": len(unseen), "all_alike": told()}
@@ -89,7 +71,7 @@ def fit_gates(
     trainer.train(resume_from_checkpoint=run.checkpoint)
     found["gates"] = told()
     if trainer.is_world_process_zero():
-        _save(model, folder, run, found)
+        _save(model, asked.folder, run, found)
 
 
 def gates_trainer(
@@ -116,20 +98,17 @@ def _answer_loss(
     """
     rows = [(tokenised(tokenizer, one, 0), one.task) for one in examples]
     rows.sort(key=lambda row: len(row[0].ids))
-    training, losses = model.training, []
+    losses = []
     model.eval()
     for start in track(range(0, len(rows), BATCH), description=f"{len(rows)} held-out answers", transient=True):
         batch, tasks = zip(*rows[start : start + BATCH], strict=True)
         with model.pinned(list(tasks)) if own else nullcontext():
             losses.append(cross_entropy(predict(model, batch, tokenizer.pad_token_id or 0)))
-    model.train(training)
     return float(torch.cat(losses).mean())
 
 
 def _save(model: MoaModel, folder: Path, run: Run, found: dict[str, Any]) -> None:
-    config = model.moa_config
-    # another way of routing had these scores
-    config.scores = {name: score for name, score in config.scores.items() if not name.startswith("moa")}
+    model.moa_config.forget_routed_scores()
     model.requires_grad_(False)
     model.save_pretrained(folder)
     (run.directory / REPORT_NAME).write_text(json.dumps(found, indent=2) + "\n")

@@ -17,8 +17,9 @@ from moa.config import CONFIG_NAME
 from moa.merging import find_method
 from moa.model import MoaModel
 from moa.precision import dtype_of
+from moa.shared_arguments import RefitArguments
 from moa.tasks import Example, Task
-from moa.training.record import Run, asked_dtype, open_refit, settings_of, text_sha256
+from moa.training.record import Run, asked_dtype, open_refit, refit_record, settings_of, text_sha256
 from moa.training.router_fit import RouterFit, check_count
 from moa.training.router_options import RouterChoices
 from moa.training.router_report import REPORT_NAME, report, show_report, write_report
@@ -78,33 +79,20 @@ def train_mixture(
 
 
 def refit_router(
-    folder: Path,
-    tasks: Sequence[Task],
-    training: TrainingArguments,
-    choices: RouterChoices,
-    *,
-    rows: Mapping[str, Any],
-    train_rows: int,
-    validation_rows: int,
-    computing: Mapping[str, str],
-    model_name: str | None = None,
-    check_base: bool = True,
-    overwrite: bool = False,
+    asked: RefitArguments, tasks: Sequence[Task], training: TrainingArguments, choices: RouterChoices
 ) -> None:
     """Fit the router of a saved mixture, and save the mixture with it; checkpoints go to `training.output_dir`.
 
     Args:
-        folder: of the mixture; an earlier router in it is not used.
+        asked: which mixture, from which rows; an earlier router in it is not used.
         tasks: one for each expert, with its name.
-        computing: `dtype` and `attn_implementation` of `load_base_model`.
-        model_name: the base model, if not the one that the mixture names.
-        overwrite: forget an earlier fit that was made otherwise.
 
     Raises:
         ValueError: tasks that are not the experts', or an earlier fit that was made otherwise.
     """
     check_count(len(tasks))
-    model = MoaModel.from_pretrained(model_name, folder, check_base=check_base, router=False, **computing)
+    folder = asked.folder
+    model = MoaModel.from_pretrained(asked.model, folder, check_base=asked.check_base, router=False, **asked.computing)
     by_name = {task.name: task for task in tasks}
     if set(by_name) != set(model.experts):
         raise ValueError(
@@ -112,21 +100,16 @@ def refit_router(
             "give each expert the task with its name"
         )
     tasks = [by_name[name] for name in model.experts]
-    fit_on, held_out = _examples(tasks, train_rows, validation_rows, training.seed, rows)
-    plain = _examples(_plain(tasks, choices), train_rows, validation_rows, training.seed, rows)
-    config = model.moa_config
-    record = {
-        "base_model": model_name or config.base_model,
-        "experts": {name: config.expert_sha256(name) for name in model.experts},
-        **asked_dtype(computing),
-        **_record(training, choices, fit_on, held_out),
-    }
-    run = open_refit(Path(training.output_dir), record, training, result=REPORT_NAME, overwrite=overwrite)
+    numbers = (asked.train_rows, asked.validation_rows, training.seed, asked.rows_from)
+    fit_on, held_out = _examples(tasks, *numbers)
+    plain = _examples(_plain(tasks, choices), *numbers)
+    record = {**refit_record(asked, model.moa_config), **_record(training, choices, fit_on, held_out)}
+    run = open_refit(asked, record, training, result=REPORT_NAME)
     if run.finished:
         print(f"kept the router of {folder}: it was fitted with these settings", flush=True)
         return
     with run.withdrawn_if_refused():
-        tokenizer = load_tokenizer(model_name or config.base_model)
+        tokenizer = load_tokenizer(asked.model or model.moa_config.base_model)
         fit = RouterFit(model, tokenizer, fit_on, held_out, choices, training, plain)
     _fit_and_save(fit, run, folder)
 
@@ -169,8 +152,7 @@ def _fit_and_save(fit: RouterFit, run: Run, folder: Path) -> None:
     model.set_router(fitted.router, fitted.config)
     model.set_granularity(fit.choices.granularity)
     config = model.moa_config
-    # an earlier router's scores are not this one's
-    config.scores = {name: score for name, score in config.scores.items() if not name.startswith("moa")}
+    config.forget_routed_scores()
     found = report(fitted, model.experts)
     config.scores[ACCURACY] = found["accuracy"]
     model.save_pretrained(folder)

@@ -16,6 +16,9 @@ from typing import Any
 from transformers import TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
+from moa.config import MoaConfig
+from moa.shared_arguments import RefitArguments
+
 RECORD_NAME = "moa_training.json"
 PACKAGES = ("torch", "transformers", "peft", "trl", "moa-peft")
 SETTINGS = (
@@ -109,16 +112,21 @@ class Run:
         _write(self.directory / RECORD_NAME, {**self.record, "result": result})
 
 
-def open_refit(
-    directory: Path, record: dict[str, Any], training: TrainingArguments, *, result: str, overwrite: bool
-) -> Run:
-    """The run that fits a part of a saved mixture; see `Run.open`.
+def refit_record(asked: RefitArguments, config: MoaConfig) -> dict[str, Any]:
+    """What decides the fit of a part of a saved mixture, beside its settings and rows."""
+    return {
+        "base_model": asked.model or config.base_model,
+        "experts": {name: config.expert_sha256(name) for name in config.experts},
+        **asked_dtype(asked.computing),
+    }
 
-    Args:
-        overwrite: forget an earlier fit that was made otherwise, unless one is to be resumed.
-    """
+
+def open_refit(asked: RefitArguments, record: dict[str, Any], training: TrainingArguments, *, result: str) -> Run:
+    """The run that fits a part of a saved mixture; see `Run.open`. An earlier one that was made otherwise is forgotten
+    where that was asked for, unless it is to be resumed."""
+    directory = Path(training.output_dir)
     with training.main_process_first(desc="earlier fit"):
-        if overwrite and training.should_save and not training.resume_from_checkpoint:
+        if asked.overwrite and training.should_save and not training.resume_from_checkpoint:
             _forget(directory, result)
         return Run.open(
             directory,

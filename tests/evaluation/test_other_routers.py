@@ -137,7 +137,8 @@ def test_gates_are_compared_also_where_the_mixture_routes_otherwise(model):
     [
         ("sequence", "--routers sequence needs the mixture's fitted router, and it has none"),
         ("centroid", "--routers centroid needs the mixture's fitted router, and it has none"),
-        ("layer", "--routers layer needs the mixture's fitted router, and it has none"),
+        ("soft", "--routers soft needs the mixture's fitted router, and it has none"),
+        ("layer_soft", "--routers layer_soft needs the mixture's fitted router, and it has none"),
         ("gates", "--routers gates: this mixture has none, train them with 'moa fit-gates'"),
     ],
 )

@@ -293,7 +293,8 @@ def test_options_are_finite(folders, method, option):
 
 
 def test_a_chance_that_cannot_be_drawn_is_refused(folders):
-    assert "must be at least 2^-16" in refusal(folders, method="dare_linear", density=1e-6)
+    for method in ({"method": "dare_linear"}, {"method": "dare_rank"}, {"method": "knots", "rule": "dare"}):
+        assert "must be at least 2^-16" in refusal(folders, density=1e-6, **method)
 
 
 def test_a_recipe_that_is_part_of_itself_is_refused(tmp_path):

@@ -10,6 +10,8 @@ from moa.adapters import read_adapter, write_adapter
 from moa.merging import RankRule, merge
 from moa.merging.cli import main
 from moa.merging.incremental import MergeState
+from moa.merging.kept_merge import merge_kept
+from moa.merging.layers import no_progress
 
 WEIGHTS = ["0.7", "0.5", "-0.9"]
 
@@ -246,3 +248,9 @@ def test_a_rule_for_ranks_is_remembered_too(command, folders, tmp_path):
     command(*folders, "--rank", "auto", "--rank-energy", "0.6", "--max-rank", "3")
     fresh = merge(folders[:2], rank=RankRule(energy=0.6, max_rank=3))
     assert_same_change(command("--remove", "c"), {m: u.delta() for m, u in fresh.modules.items()})
+
+
+def test_what_is_remembered_can_be_stored_also_when_it_was_asked_for_from_python(folders, tmp_path):
+    for how in ({"adapters": folders, "method": "weighted_sum", "dtype": torch.float64}, {"remove": ["c"]}):
+        result = merge_kept(tmp_path / "kept", progress=no_progress, **how)
+    assert result.report.method == "weighted_sum" and result.report.dtype == "float64"

@@ -42,6 +42,7 @@ def test_an_expert_is_added_and_removed_again(mixture, adapters, base_folder, ca
     now, then = again.moa_config.router.abstention, before.moa_config.router.abstention
     assert (now.score, now.rate, now.base_above) == (then.score, then.rate, pytest.approx(then.base_above, rel=1e-4))
     assert now.merged_above == pytest.approx(then.merged_above, rel=1e-4)
+    assert now.typical == {name: pytest.approx(numbers, rel=1e-4) for name, numbers in then.typical.items()}
     assert again.moa_router.head.weight.equal(head.weight)
 
 
