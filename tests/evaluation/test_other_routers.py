@@ -11,7 +11,7 @@ from moa.evaluation.full_evaluation import main
 from moa.evaluation.other_routers import router_systems
 from moa.model import MoaModel
 from moa.router import SequenceRouter
-from moa.strangeness import fit_mahalanobis
+from moa.strangeness import Abstention, fit_mahalanobis
 
 TASKS = ("sst2", "squad", "wmt14")
 
@@ -120,6 +120,16 @@ def test_a_fitted_router_is_compared_per_sequence_and_layer_hard_and_soft(model)
         torch.testing.assert_close(got, expected[system.name.removeprefix("router:")], rtol=1e-4, atol=1e-5)
         assert system.cost["prefill_overhead"] == (3 if "layer" in system.name else 1) / 4
     assert not shallow.argmax(dim=-1).equal(deep.argmax(dim=-1)), "routers that agree would prove nothing"
+
+
+@torch.no_grad()
+def test_a_fitted_router_that_is_compared_trusts_its_experts_with_strange_prompts_too(model):
+    model.moa_config.router.abstention = Abstention("energy", 0.02, merged_above=-1e9, base_above=-1e9)
+    assert not model.route(IDS, ALL).weights[:, :3].any(), "all of these prompts would fall back"
+    for system in router_systems(model, ["sequence", "layer_soft"]):
+        with system.activate(IDS, ALL):
+            to_experts = model.route_state.weights[..., :3].sum(dim=-1)
+        torch.testing.assert_close(to_experts, torch.ones_like(to_experts))
 
 
 @torch.no_grad()

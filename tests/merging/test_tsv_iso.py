@@ -6,6 +6,7 @@ import torch
 from moa.adapters import Adapter
 from moa.low_rank import LowRank
 from moa.merging import merge
+from moa.merging.spectral import svd_of_factors
 from moa.merging.subspace import partial_isometry
 
 WEIGHTS = [0.7, -0.5, 0.9]
@@ -140,3 +141,14 @@ def test_an_option_that_makes_no_sense_is_refused(option, adapters):
     method, name, value = option
     with pytest.raises(ValueError, match=f"{name} is .* must be in .* got {value}"):
         merge(adapters, method, **{name: value})
+
+
+def test_what_is_rounding_beside_the_terms_that_cancelled_is_no_direction():
+    generator = torch.Generator().manual_seed(0)
+    B, A = torch.randn(9, 3, generator=generator).double(), torch.randn(3, 7, generator=generator).double()
+    left = LowRank(B * torch.tensor([1.0, 1e-3, 1e-9]), A)
+    size = torch.linalg.svdvals(left.delta())
+    assert len(svd_of_factors(left).S) == 2
+    torch.testing.assert_close(svd_of_factors(left).S, size[:2], rtol=1e-9, atol=0)
+    assert len(svd_of_factors(left, size=float(size[0]) * 1e4).S) == 1
+    assert len(svd_of_factors(left, size=float(size[0]) * 1e7).S) == 0

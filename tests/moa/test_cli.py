@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import types
+import warnings
 
 import pytest
 
@@ -103,3 +104,9 @@ def test_what_follows_two_dashes_is_no_option(capsys):
 def test_version_is_printed(capsys):
     main(["--version"])
     assert capsys.readouterr().out.startswith("moa-peft ")
+
+
+def test_a_command_leaves_warnings_as_they_were_shown(capsys):
+    usual = warnings.formatwarning
+    main(["--version"])
+    assert warnings.formatwarning is usual
