@@ -177,11 +177,12 @@ def _finished(
         ranks = {module: min(rank, allowed[module]) for module, rank in ranks.items()}
         finish = replace(finish, filled=allowed if asked.rule.pads else {})
     given = for_layers(asked.method, layers, ranks, asked.seed, known, asked.objective)
-    finished = {}
-    for module, updates in layers.streamed(f"merging by {asked.method.name}"):
+
+    def work(module: str, updates: list[LowRank]) -> Finished:
         merged = asked.method.function(updates, layers.weights, **given(module), **asked.options)
-        finished[module] = finish(module, merged, updates, layers.weights)
-    return finished
+        return finish(module, merged, updates, layers.weights)
+
+    return dict(layers.mapped(f"merging by {asked.method.name}", work))
 
 
 def _result(

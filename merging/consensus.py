@@ -4,7 +4,6 @@ keeps the entries that several adapters use."""
 import math
 from collections.abc import Iterator, Sequence
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -14,7 +13,7 @@ from moa.merging.elementwise import ACTS_ON_ENTRIES
 from moa.merging.entrywise import check_density
 from moa.merging.registry import Merged, merge_method
 from moa.merging.streaming import DenseRows, recompressed, spanned_rank
-from moa.merging.thresholds import LAYER_SAMPLE, Search, sampled_places, settle
+from moa.merging.thresholds import LAYER_SAMPLE, Search, See, sampled_places, settle
 
 
 def check_threshold(threshold: float) -> None:
@@ -156,12 +155,12 @@ class Scores:
             [Search(i, count, total, drawn[i].numpy().ravel()) for i in range(len(drawn))]
             for count in (int(density * total), 1)
         ]
-        settle([search for of in searches for search in of], self._values)
+        settle([search for of in searches for search in of], self._show)
         least, most = (torch.tensor([search.size for search in of])[:, None, None] for of in searches)
         return least, most
 
-    def _values(self) -> Iterator[tuple[str, int, np.ndarray]]:
+    def _show(self, see: See) -> None:
         for block in self.blocks():
             _, scores = self.of(self.dense.all_rows(block))
             for i, values in enumerate(scores):
-                yield "", i, values.numpy().ravel()
+                see("", i, values.numpy().ravel())

@@ -23,6 +23,7 @@ from torch import Tensor
 from moa.adapters import LINEAR, Adapter, AdapterError, Kind, LazyUpdates
 from moa.base_weights import BaseWeights
 from moa.low_rank import LowRank
+from moa.merging.parallel import layers_at_once
 
 SMALLEST_GAIN = 1e-6
 ROWS_AT_ONCE = 4096
@@ -55,7 +56,7 @@ class DoraMerge:
         self._plain = [adapter.to(torch.float64) for adapter in adapters]
         self._weights, self._kinds, self._base = weights, kinds, base
         self._gain = cache(self._computed_gain)  # [o] for each layer and adapter, at the cost of a look at W0
-        self._weight = lru_cache(maxsize=1)(self._read_weight)  # all adapters ask for one layer after another
+        self._weight = lru_cache(layers_at_once())(self._read_weight)  # all adapters ask for a layer, then the next
         self.adapters = [self._prepared(index) for index in range(len(adapters))]
 
     def gain(self, module: str, scale: float = 1.0) -> Float[Tensor, " o"]:

@@ -10,7 +10,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Int32
 from torch import Tensor
 
 from moa.low_rank import LowRank, stack, svd
@@ -25,9 +25,10 @@ DROPS = {
 }
 DRAWS = 2**16
 """How many different draws there are."""
-SIZE_BITS, SIZE_CLASSES = 6, 2**10
-"""DELLA tells shares of a row's largest entry apart by their power of two and this many binary digits more, in as many
-classes from the largest down: 64 classes for each halving, to 2^-16."""
+BFLOAT16_BITS = 7  # digits behind its point
+SIZE_BITS, SIZE_CLASSES = 5, 12 * 2**5
+"""DELLA tells the sizes of a row apart by their power of two and this many binary digits more, in as many classes from
+the largest down: 32 classes for each halving, to about 2^-12 of the largest."""
 
 
 def check_drawn(density: float) -> None:
@@ -137,10 +138,10 @@ def della(
     The entry that is r-th smallest of the n in its row is kept with chance
     p = density - epsilon + 2 epsilon (r - 1) / (n - 1), and then divided by p, so that D_i is delta_i on
     average. Then sign = sgn(sum_i w_i D_i), and M = sum w_i D_i over the adapters with sgn(w_i D_i) = sign.
-    Nothing is sorted: the c entries of a row whose shares of its largest agree in their power of two and 6 binary
-    digits more, or are below 2^-16, have the mean of their chances. That is within
-    epsilon (c - 1) / (n - 1) of each one's own (0.008 epsilon for a long row of normally distributed entries)
-    and leaves the mean of a row as it was, to 2^-17. The result is brought to a rank, by default the number of
+    Nothing is sorted: the c entries of a row whose sizes agree in their power of two and 5 binary digits more, or are
+    below about 2^-12 of its largest, have the mean of their chances. That is within epsilon (c - 1) / (n - 1) of each
+    one's own (0.016 epsilon for a long row of normally distributed entries) and leaves the mean of a row as it was,
+    to 2^-17. The result is brought to a rank, by default the number of
     directions that the updates span together.
 
     Args:
@@ -148,8 +149,8 @@ def della(
         epsilon: how far the chances of the smallest and the largest entry of a row are from that.
         election: weigh each vote by the entry's size (total) or not (frequency), or add up everything (none).
     """
-    dense = DenseRows(updates, weights)
-    thin = {i: DropBySize(density, epsilon, seeds[i]) for i in dense}
+    dense = DenseRows(updates, torch.ones_like(weights))  # chances are those of the update, whatever its weight
+    thin = {i: DropBySize(density, epsilon, seeds[i], float(weights[i])) for i in dense}
     rank = rank or spanned_rank(updates)
     if election == "none":
         return recompressed(added(dense, thin), rank, seed)
@@ -208,9 +209,9 @@ class Draws:
             chance: of all, or of each; exact for multiples of 2^-16.
         """
         *rows, n = shape
-        raw = self._bits.random_raw((*rows, -(-n // 4))).view(np.int16)[..., :n]
-        drawn = torch.from_numpy(raw).to(torch.float32)  # from -2^15 on
-        return torch.lt(drawn, torch.add(torch.tensor(-DRAWS / 2), torch.as_tensor(chance), alpha=DRAWS), out=drawn)
+        raw = self._bits.random_raw((*rows, -(-n // 4))).view(np.uint16)[..., :n]
+        drawn = torch.from_numpy(raw).to(torch.float32)
+        return torch.lt(drawn, chance * DRAWS, out=drawn)
 
 
 class RandomDrop:
@@ -224,14 +225,14 @@ class RandomDrop:
 
 
 class DropBySize:
-    """Keeps the larger entries of a row with a larger chance, and divides each by its own."""
+    """Keeps the larger entries of a row with a larger chance, and multiplies each by weight / its own chance."""
 
-    def __init__(self, density: float, epsilon: float, seed: int):
-        self.density, self.epsilon, self.draws = density, epsilon, Draws(seed)
+    def __init__(self, density: float, epsilon: float, seed: int, weight: float = 1.0):
+        self.density, self.epsilon, self.weight, self.draws = density, epsilon, weight, Draws(seed)
 
     def __call__(self, rows: Tensor) -> Tensor:
         chances = chances_by_size(rows, self.density, self.epsilon)
-        return rows.mul_(self.draws.kept(rows.shape, chances)).div_(chances)
+        return rows.mul_(self.draws.kept(rows.shape, chances)).div_(chances).mul_(self.weight)
 
 
 def chances_by_size(rows: Float[Tensor, "b n"], density: float, epsilon: float) -> Float[Tensor, "b n"]:
@@ -240,25 +241,25 @@ def chances_by_size(rows: Float[Tensor, "b n"], density: float, epsilon: float) 
     The c entries of a class with s below it rank from s to s + c - 1, on average s + (c - 1) / 2 of n - 1. A chance is
     a multiple of 2^-16.
     """
-    n = rows.shape[1]
+    b, n = rows.shape
     step = 2 * epsilon / (n - 1) if n > 1 else 0.0
-    classes = size_classes(rows)
-    counts = torch.zeros(len(rows), SIZE_CLASSES).scatter_add_(1, classes, torch.ones_like(rows))
+    places = size_classes(rows).add_(torch.arange(b, dtype=torch.int32)[:, None], alpha=SIZE_CLASSES).flatten()
+    counts = torch.bincount(places, minlength=b * SIZE_CLASSES).view(b, SIZE_CLASSES).to(torch.float32)
     middle = counts.cumsum(dim=1).sub_(counts, alpha=0.5)  # s + c / 2
     chances = middle.mul_(step).add_(density - step * n / 2)
-    return chances.mul_(DRAWS).round_().clamp_(min=1).div_(DRAWS).gather(1, classes)
+    chances = chances.mul_(DRAWS).round_().clamp_(min=1).div_(DRAWS)
+    return chances.flatten().index_select(0, places).view(b, n)
 
 
-def size_classes(rows: Float[Tensor, "b n"]) -> Int64[Tensor, "b n"]:
+def size_classes(rows: Float[Tensor, "b n"]) -> Int32[Tensor, "b n"]:
     """The class of each entry's size: `SIZE_CLASSES` - 1 for the largest of its row, 0 for the smallest.
 
-    Read off the bits of size / largest, a float32 from 0 to 1: they are ordered as integers, too.
+    Read off the bits of bfloat16, its exponent and the digits behind its point: they are ordered as integers, too.
     """
-    sizes = rows.abs()
-    sizes /= sizes.amax(dim=1, keepdim=True).clamp_(min=torch.finfo().tiny)
-    shift = 23 - SIZE_BITS
-    of_one = 127 << SIZE_BITS  # the exponent of 1.0 and the digits behind its point
-    return sizes.view(torch.int32).bitwise_right_shift_(shift).sub_(of_one - SIZE_CLASSES + 1).clamp_(min=0).long()
+    bits = rows.to(torch.bfloat16).view(torch.int16)
+    classes = bits.bitwise_and_(0x7FFF).bitwise_right_shift_(BFLOAT16_BITS - SIZE_BITS)
+    largest = classes.amax(dim=1, keepdim=True)
+    return classes.sub_(largest - (SIZE_CLASSES - 1)).clamp_(min=0).int()
 
 
 def _noise_ratio(updates: Sequence[LowRank], weights: Tensor, density: float) -> float:

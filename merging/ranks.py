@@ -113,12 +113,16 @@ def chosen_ranks(
     Raises:
         ValueError: a budget below rank 1 everywhere, or no statistics where the rule needs them.
     """
-    spectra, wanted = {}, {}
-    for module, updates in layers.streamed("choosing ranks"):
+
+    def spectrum(module: str, updates: list[LowRank]) -> Tensor:
         total = stack([u.scaled(float(w)) for u, w in zip(updates, layers.weights, strict=True)])
         if rule.by == "loss":
             total = _as_inputs_see_it(total, layers.weights, module, statistics)
-        S = spectra[module] = torch.linalg.svdvals(core([total]).cores[0])
+        return torch.linalg.svdvals(core([total]).cores[0])
+
+    spectra, wanted = {}, {}
+    for module, S in layers.mapped("choosing ranks", spectrum):
+        spectra[module] = S
         edge = (rule.noise or 0.0) * sum(math.sqrt(size) for size in layers.shapes[module])
         rank = rule.rank_of(S, edge)
         wanted[module] = min(rank, most[module], rule.max_rank or rank)

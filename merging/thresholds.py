@@ -6,24 +6,27 @@ have missed it, the pass is repeated with a wider one.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import hardshrink
 
+from moa.low_rank import LowRank
 from moa.merging.layers import Layers
 from moa.merging.streaming import DenseRows, Thinning
 
-LAYER_SAMPLE, MODEL_SAMPLE = 2**16, 2**20
+LAYER_SAMPLE, MODEL_SAMPLE = 2**16, 2**22
 """Entries of each adapter that are drawn at most to set a bracket, over one layer or over all."""
 DEVIATIONS = 5.0
 """Half the width of the first bracket, in standard deviations of the sample's quantile."""
 
-Stream = Callable[[], Iterator[tuple[str, DenseRows]]]
-"""Starts a pass over the layers that share a threshold."""
+T = TypeVar("T")
+Pass = Callable[[Callable[[str, DenseRows], T]], Iterable[tuple[str, T]]]
+"""Gives each layer that shares a threshold to a function, perhaps several at a time; names and what it says."""
 
 
 class Cut(NamedTuple):
@@ -69,42 +72,49 @@ def thinnings(dense: DenseRows, cut: Cut, layers: Layers | None = None, module: 
     if layers is not None:
         found = layers.once(model_trims, cut)
     else:
-        found = trims(lambda: iter([(module, dense)]), cut, math.prod(dense.shape), LAYER_SAMPLE)
+        found = trims(lambda work: [(module, work(module, dense))], cut, math.prod(dense.shape), LAYER_SAMPLE)
     return {i: _between(*found[module, i]) for i in dense}
 
 
 def model_trims(layers: Layers, cut: Cut) -> dict[tuple[str, int], list[Trim]]:
     """The trims of all layers, each adapter's entries compared over all layers that it changes."""
 
-    def stream() -> Iterator[tuple[str, DenseRows]]:
-        for module, updates in layers.streamed("finding thresholds"):
-            yield module, DenseRows(updates, layers.weights)
+    def over_all(work: Callable[[str, DenseRows], T]) -> Iterator[tuple[str, T]]:
+        def dense(module: str, updates: list[LowRank]) -> T:
+            return work(module, DenseRows(updates, layers.weights))
 
-    return trims(stream, cut, sum(o * n for o, n in layers.shapes.values()), MODEL_SAMPLE)
+        return layers.mapped("finding thresholds", dense)
+
+    return trims(over_all, cut, sum(o * n for o, n in layers.shapes.values()), MODEL_SAMPLE)
 
 
-def trims(stream: Stream, cut: Cut, entries: int, sample: int) -> dict[tuple[str, int], list[Trim]]:
+def trims(over: Pass, cut: Cut, entries: int, sample: int) -> dict[tuple[str, int], list[Trim]]:
     """By layer and adapter the trims at each of the cut's counts.
 
     Args:
+        over: a pass over the layers.
         entries: how many entries the layers have together.
         sample: about how many of them to draw at most.
     """
-    samples: dict[int, list[np.ndarray]] = {}
-    total: dict[int, int] = {}
-    present: dict[str, list[int]] = {}
-    for module, dense in stream():
-        present[module] = list(dense)
+
+    def drawn(module: str, dense: DenseRows) -> dict[int, tuple[int, np.ndarray]]:
         places = sampled_places(dense.shape, entries, sample)
-        for i in dense:
-            samples.setdefault(i, []).append(dense.entries(i, *places).abs().numpy())
-            total[i] = total.get(i, 0) + math.prod(dense.shape)
-    searches = {
-        i: [Search(i, count, total[i], np.concatenate(samples[i]), floor=0.0) for count in cut.counts(total[i])]
-        for i in total
-    }
-    settle([search for of in searches.values() for search in of], lambda: _sizes(stream))
-    return {(module, i): [s.trim(module) for s in searches[i]] for module in present for i in present[module]}
+        return {i: (math.prod(dense.shape), dense.entries(i, *places).abs().numpy()) for i in dense}
+
+    present = dict(over(drawn))
+    adapters = sorted({i for of in present.values() for i in of})
+    searches = {}
+    for i in adapters:
+        sizes, samples = zip(*(of[i] for of in present.values() if i in of), strict=True)
+        known = np.concatenate(samples)
+        searches[i] = [Search(i, count, sum(sizes), known, floor=0.0) for count in cut.counts(sum(sizes))]
+
+    def show(see: See) -> None:
+        for _ in over(lambda module, dense: _show_sizes(module, dense, see)):
+            pass
+
+    settle([search for of in searches.values() for search in of], show)
+    return {(module, i): [s.trim(module) for s in searches[i]] for module, of in present.items() for i in of}
 
 
 def sampled_places(shape: tuple[int, int], entries: int, sample: int) -> tuple[Tensor, Tensor]:
@@ -119,8 +129,8 @@ def sampled_places(shape: tuple[int, int], entries: int, sample: int) -> tuple[T
     return rows, columns
 
 
-Values = Callable[[], Iterator[tuple[str, int, np.ndarray]]]
-"""Starts a pass over all values: layer, adapter, and some of that adapter's values there."""
+See = Callable[[str, int, np.ndarray], None]
+"""Takes a layer, an adapter, and some of that adapter's values there."""
 
 
 class Search:
@@ -146,13 +156,13 @@ class Search:
         self.deviations = deviations
         self.high = float(ordered[high]) if high < m else math.inf
         self.low = max(float(np.nextafter(ordered[low], -np.inf)) if low > 0 else -math.inf, self.floor)
-        self.above = 0
+        self.above: Counter[str] = Counter()
         self.inside: dict[str, list[np.ndarray]] = {}
 
     def see(self, module: str, values: np.ndarray) -> None:
-        """Count what is above the bracket, keep what is inside."""
+        """Count what is above the bracket, keep what is inside; of several layers at the same time, too."""
         over = values > self.high
-        self.above += int(np.count_nonzero(over))
+        self.above[module] += int(np.count_nonzero(over))
         self.inside.setdefault(module, []).append(values[(values > self.low) & ~over])
 
     def settled(self) -> bool:
@@ -160,7 +170,7 @@ class Search:
         if self.count == 0:
             return True
         found = np.concatenate([values for parts in self.inside.values() for values in parts])
-        needed = self.count - self.above
+        needed = self.count - self.above.total()
         if needed <= 0 or (needed > len(found) and self.low > self.floor):
             self._bracket(4 * self.deviations)
             return False
@@ -183,21 +193,23 @@ class Search:
         return Trim(self.size, ties, equal)
 
 
-def settle(searches: Sequence[Search], values: Values) -> None:
-    """Passes over the values until every search has found its size: one, but for a chance of one in a million."""
+def settle(searches: Sequence[Search], show: Callable[[See], None]) -> None:
+    """Show all values to the searches until each has found its size: once, but for a chance of one in a million."""
     while searches:
-        for module, adapter, some in values():
+
+        def see(module: str, adapter: int, values: np.ndarray, searches: Sequence[Search] = searches) -> None:
             for search in searches:
                 if search.adapter == adapter:
-                    search.see(module, some)
+                    search.see(module, values)
+
+        show(see)
         searches = [search for search in searches if not search.settled()]
 
 
-def _sizes(stream: Stream) -> Iterator[tuple[str, int, np.ndarray]]:
-    for module, dense in stream():
-        for block in dense.blocks():
-            for i in dense:
-                yield module, i, dense.rows(i, block).abs_().numpy().ravel()
+def _show_sizes(module: str, dense: DenseRows, see: See) -> None:
+    for block in dense.blocks():
+        for i in dense:
+            see(module, i, dense.rows(i, block).abs_().numpy().ravel())
 
 
 def _between(most: Trim, outliers: Trim | None = None) -> Thinning:

@@ -29,6 +29,9 @@ Measured on a CPU (torch 2.13, one thread, fp32, 16 rows, 896 -> 896) as shares 
       30 x  8 = 240          0.56 : 0.06       0.58 : 0.35
      100 x  8 = 800          1.84 : 0.06       1.80 : 0.72
 """
+TIMES_FOR_TOKENS = 3
+"""How many times that total single tokens want. In a whole model (two threads, 16 rows) a decode step took, all : own,
+1.00 : 1.08 for 7 x 8, 1.06 : 1.14 for 7 x 16 on all linear layers, 1.11 : 1.07 for 30 x 8."""
 ALIGNED = 8  # elements: the grouped product wants strides of 16 bytes, in bf16 too
 
 
@@ -42,6 +45,7 @@ class Blocks:
         of_column: the block that rows of a column read: the next one there is, where their expert is not here.
         here: 1 for each column whose expert is here, else 0; None where all are.
         last_column: the last column whose rows read a block.
+        for_tokens: whether they pay for single tokens, too.
     """
 
     A: Float[Tensor, "members r n"]
@@ -49,6 +53,15 @@ class Blocks:
     of_column: Int[Tensor, " columns"]
     here: Float[Tensor, " columns"] | None
     last_column: Int[Tensor, " members"]
+    for_tokens: bool
+
+    def pay(self, x: Float[Tensor, "batch *tokens n"], choice: Choice) -> bool:
+        """Whether rows of so many tokens are faster through their own expert's factors than through all."""
+        return self.for_tokens or not self.few(x.numel() // (x.shape[-1] * len(choice.strength)))
+
+    def few(self, tokens: int) -> bool:
+        """Whether a row has so few tokens that copies of factors would cost more than the products."""
+        return tokens < self.A.shape[1]
 
     @property
     def can_group(self) -> bool:
@@ -78,6 +91,7 @@ def blocks_of(
         of_column=indices(min(sum(m < c for m in members), len(members) - 1) for c in range(columns)),
         here=None if len(members) == columns else here.to(A.dtype),
         last_column=indices([*members[:-1], columns - 1]),
+        for_tokens=sum(ranks) >= TIMES_FOR_TOKENS * GROUPED_FROM,
     )
 
 
@@ -96,9 +110,8 @@ def own_low_rank(
     if blocks.here is not None:
         strength = strength * blocks.here[choice.expert]
     rows = x.reshape(len(strength), -1, x.shape[-1])
-    few = rows.shape[1] < blocks.A.shape[1]
     # the grouped product cannot be compiled but in bf16
-    grouped = few and blocks.can_group and not torch.compiler.is_compiling()
+    grouped = blocks.few(rows.shape[1]) and blocks.can_group and not torch.compiler.is_compiling()
     update = (_grouped if grouped else _gathered)(rows, blocks, choice, strength[:, None, None])
     return update.view(*x.shape[:-1], -1)
 

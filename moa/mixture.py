@@ -60,7 +60,7 @@ class GatedLayer(nn.Module):
         if self.training:
             x = self._dropped_out(x, weights)
         choice = None if stack.blocks is None else self.route.choice_at(self.place)
-        if choice is not None:
+        if choice is not None and stack.blocks.pay(x, choice):
             update = own_low_rank(x, stack.blocks, choice)
         else:
             update = (crossed_low_rank if self.route.crossed else gated_low_rank)(x, stack, weights)

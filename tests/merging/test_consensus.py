@@ -107,5 +107,5 @@ def test_the_limit_of_scores_is_exact_when_it_is_found_from_a_sample(monkeypatch
     monkeypatch.setattr(thresholds, "DEVIATIONS", 0.05)
     values = torch.randn(5000, generator=torch.Generator().manual_seed(1))
     search = thresholds.Search(0, 700, 5000, values[:100].numpy())
-    thresholds.settle([search], lambda: iter([("", 0, part.numpy()) for part in values.split(999)]))
+    thresholds.settle([search], lambda see: [see("", 0, part.numpy()) for part in values.split(999)])
     assert search.size == float(values.sort(descending=True).values[699])

@@ -33,9 +33,8 @@ def test_draws_keep_with_their_chance_and_the_same_however_many_are_drawn_at_a_t
 def test_whether_an_entry_is_kept_is_decided_by_its_own_16_bits():
     words = np.random.SFC64(5).random_raw((7, 2))
     bits = [[(int(word) >> shift) % 2**16 for word in row for shift in (0, 16, 32, 48)][:6] for row in words]
-    signed = [[value - 2**16 if value >= 2**15 else value for value in row] for row in bits]
     for chance in (0.25, 2**-3 + 2**-16):
-        wanted = [[float(value < chance * 2**16 - 2**15) for value in row] for row in signed]
+        wanted = [[float(value < chance * 2**16) for value in row] for row in bits]
         assert Draws(5).kept((7, 6), chance).tolist() == wanted
 
 
@@ -137,10 +136,11 @@ def test_della_gives_each_entry_the_chance_of_its_rank_in_its_row(columns):
     got = (rows / drop(rows.clone())).double()
     sizes = rows.abs().double()
     one, other, largest = sizes[:, :, None], sizes[:, None], sizes.amax(dim=1)[:, None, None]
-    alike = ((one - other).abs() <= 2**-6 * torch.minimum(one, other)) | (torch.maximum(one, other) < 2**-15 * largest)
+    near = (2**-5 + 2**-7) * torch.minimum(one, other)  # 5 digits, of what is rounded to 7
+    alike = ((one - other).abs() <= near) | (torch.maximum(one, other) < 2**-11 * largest)
     bound = 0.3 * (alike.sum(dim=2) - 1) / (columns - 1)  # all that can share a class with an entry, and then some
     assert ((got - della_chances(rows, 0.5, 0.3)).abs() <= bound + 2**-17 + 1e-6).all()
-    assert columns < 100 or bound.max() < 0.015
+    assert columns < 100 or bound.max() < 0.03
     torch.testing.assert_close(got.mean(dim=1), torch.full((9,), 0.5).double(), rtol=0, atol=2**-17 + 1e-6)
 
 

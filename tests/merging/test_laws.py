@@ -10,6 +10,7 @@ from moa.adapters import Adapter, read_adapter
 from moa.low_rank import LowRank, stack
 from moa.merging import find_method, merge, methods
 from moa.merging.checks import read_all
+from moa.merging.parallel import using_threads
 from moa.merging.registry import LAWS
 from moa.merging.statistics import LayerStatistics
 
@@ -346,9 +347,12 @@ def test_a_saved_merge_reads_back_as_it_was(method, options, degree, members, we
 
 
 @every_method
-def test_the_same_merge_twice_gives_the_same_bytes(method, options, degree, members, weights, tmp_path):
-    for folder in ("one", "two"):
-        merge(members, method, weights=weights, output=tmp_path / folder, **needs_of(method, members), **options)
+def test_the_same_merge_twice_gives_the_same_bytes_one_layer_after_another_or_several_at_a_time(
+    method, options, degree, members, weights, tmp_path
+):
+    for threads, folder in enumerate(("one", "two"), start=1):
+        with using_threads(threads):
+            merge(members, method, weights=weights, output=tmp_path / folder, **needs_of(method, members), **options)
     files = sorted(file.name for file in (tmp_path / "one").iterdir())
     assert files == ["adapter_config.json", "adapter_model.safetensors", "merge_report.json"]
     for file in files:

@@ -89,7 +89,9 @@ def test_a_bracket_that_misses_is_widened_until_it_holds_the_threshold(monkeypat
     monkeypatch.setattr(thresholds, "DEVIATIONS", 0.05)
     dense = DenseRows([update(200, 100, 4, 0)], weights(1))
     passes = []
-    ((trim,),) = trims(lambda: passes.append(1) or iter([("layer", dense)]), Cut(0.2), 200 * 100, 300).values()
+    ((trim,),) = trims(
+        lambda work: passes.append(1) or [("layer", work("layer", dense))], Cut(0.2), 200 * 100, 300
+    ).values()
     sizes = torch.cat([dense.rows(0, rows) for rows in dense.blocks()]).abs().flatten()
     assert trim.size == float(sizes.sort(descending=True).values[int(0.2 * len(sizes)) - 1])
     assert len(passes) > 2  # one to draw the sample, one with the first bracket, and more
