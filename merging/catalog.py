@@ -155,7 +155,22 @@ def page(method: MergeMethod) -> Group:
     if method.breaks:
         said += ["", "does not obey:"]
         said += [Padding(f"{law} ({LAWS[law]}): {why}", INDENT) for law, why in method.breaks.items()]
+    said += ["", "for example:", Padding(example(method), INDENT)]
     return Group(*said, "")
+
+
+def example(method: MergeMethod) -> str:
+    """A command line that merges by this method, its own options as they are by default."""
+    words = ["moa merge runs/sst2 runs/squad --method", method.name]
+    words += [_given(name, p.default) for name, p in method.options.items() if p.default is not None]
+    words += ["--model Qwen/Qwen2-0.5B --tasks sst2 squad"] if "objective" in method.needs else []
+    return " ".join([*words, "--output merged"])
+
+
+def _given(option: str, value: Any) -> str:
+    if isinstance(value, bool):
+        return _flag(option if value else f"no_{option}")
+    return f"{_flag(option)} {value}"
 
 
 def _options(method: MergeMethod) -> Table:

@@ -7,7 +7,7 @@ from typing import Literal, get_args, get_origin
 import pytest
 from rich.console import Console
 
-from moa.merging.catalog import BROUGHT_BY, main, markdown, page
+from moa.merging.catalog import BROUGHT_BY, example, main, markdown, page
 from moa.merging.flags import parse
 from moa.merging.registry import NEEDS, methods, optional
 
@@ -108,3 +108,16 @@ def test_methods_are_found_by_any_of_their_names_and_shown_once(capsys):
 
 def test_an_unknown_method_gets_the_nearest_name(refusal):
     assert refusal(main, ["tise"]).endswith("did you mean 'ties'?")
+
+
+@pytest.mark.parametrize("name", methods())
+def test_the_example_of_a_method_is_a_command_with_its_options(name, capsys):
+    method = methods()[name]
+    words = example(method).split()
+    assert words[:2] == ["moa", "merge"]
+    asked = vars(parse(words[2:]))
+    given = {option: value for option, value in asked.items() if option in method.options}
+    assert method.check_options(given) == method.check_options({})
+    assert ("model" in asked) == ("objective" in method.needs)
+    main([name])
+    assert example(method) in " ".join(capsys.readouterr().out.split())
