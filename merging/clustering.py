@@ -7,7 +7,9 @@ needs only distances, which the R x R inner products of R units hold: it never s
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from functools import cache
+from threading import Lock
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -18,6 +20,8 @@ from moa.merging.registry import Merged, merge_method
 from moa.merging.spectral import of_nonzero
 
 PAPER = "https://arxiv.org/abs/2409.16167"
+_CLUSTERING = Lock()
+"""Held while k-means runs, which sets the threads of the whole process and then sets them back."""
 
 
 @merge_method(
@@ -178,8 +182,17 @@ def _points(kernel: Float[Tensor, "R R"]) -> Float[Tensor, "R R"]:
 def _kmeans(points: Float[Tensor, "R d"], k: int, seed: int, mass: Float[Tensor, " R"]) -> Tensor:
     from sklearn.cluster import KMeans
 
-    fitted = KMeans(k, n_init=10, random_state=seed % 2**32).fit(points.numpy(), sample_weight=mass.numpy())
+    with _CLUSTERING, _thread_pools().limit(limits=1):
+        fitted = KMeans(k, n_init=10, random_state=seed % 2**32).fit(points.numpy(), sample_weight=mass.numpy())
     return torch.from_numpy(fitted.labels_).long().unique(return_inverse=True)[1]
+
+
+@cache
+def _thread_pools() -> Any:
+    """Of scikit-learn: on one thread, a few units are clustered in less time than its threads take to meet."""
+    from threadpoolctl import ThreadpoolController
+
+    return ThreadpoolController()
 
 
 def regrown(centroids: LowRank, units: LowRank, mean: Float[Tensor, "R k"], norm: str) -> LowRank:
