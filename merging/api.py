@@ -85,9 +85,10 @@ def merge(
 ) -> MergeResult:
     """Merge LoRA adapters into one, without building their base model.
 
-    Layers are streamed: the factors of one layer are read, merged in float64, rounded once and kept; nothing
-    but the result grows with the model. A layer that an adapter lacks counts as unchanged by it. What adapters
-    hold beside their updates is merged as `moa.merging.carried` and `moa.merging.dora` say.
+    Layers are streamed, as many at a time as torch has threads, but no more than four: the factors of a layer are
+    read, merged in float64, rounded once and kept; nothing but the result grows with the model. A layer that an
+    adapter lacks counts as unchanged by it. What adapters hold beside their updates is merged as
+    `moa.merging.carried` and `moa.merging.dora` say.
 
     Args:
         adapters: folders, Hub repositories, or adapters in memory.
@@ -171,7 +172,7 @@ def _finished(
     known: Sequence[Mapping[str, LayerStatistics]] | None,
     finish: Finish,
 ) -> dict[str, Finished]:
-    """Merge layer by layer; nothing but the result grows with the model."""
+    """Merge all layers; nothing but the result grows with the model."""
     if asked.rule:
         allowed = chosen_ranks(layers, asked.rule, ranks, known)
         ranks = {module: min(rank, allowed[module]) for module, rank in ranks.items()}
