@@ -138,7 +138,7 @@ def recompressed(matrix: Tensor, rank: int, seed: int, facts: Mapping[str, float
     root = S[:rank].sqrt()
     update = LowRank(U[:, :rank] * root, (V[:, :rank] * root).T).to(torch.float64)
     update, _ = update.truncated(rank)  # without directions of singular value zero, signs made canonical
-    energy = sum(float(torch.linalg.vector_norm(rows, dtype=torch.float64)) ** 2 for rows in matrix.split(256))
+    energy = sum(float(torch.linalg.vector_norm(rows, dtype=torch.float64)) ** 2 for rows in matrix.split(32))
     return Merged(update, dropped=max(energy - update.norm() ** 2, 0.0), facts=facts or {})
 
 

@@ -19,7 +19,7 @@ from moa.low_rank import LowRank
 from moa.merging.layers import Layers
 from moa.merging.streaming import DenseRows, Thinning
 
-LAYER_SAMPLE, MODEL_SAMPLE = 2**16, 2**22
+LAYER_SAMPLE, MODEL_SAMPLE = 2**16, 2**20
 """Entries of each adapter that are drawn at most to set a bracket, over one layer or over all."""
 DEVIATIONS = 5.0
 """Half the width of the first bracket, in standard deviations of the sample's quantile."""
