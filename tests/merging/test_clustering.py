@@ -6,11 +6,13 @@ import math
 import numpy as np
 import pytest
 import torch
+from threadpoolctl import threadpool_info
 
 from moa.adapters import Adapter
 from moa.low_rank import LowRank
 from moa.merging import merge
 from moa.merging.clustering import clusters
+from moa.merging.parallel import using_threads
 
 LAYER, O, N, K = "model.layers.0.self_attn.q_proj", 20, 30, 3  # noqa: E741
 WEIGHTS = [0.7, -0.5, 0.9]
@@ -229,3 +231,16 @@ def test_an_adapter_less_itself_merges_whatever_rounding_is_left(method, how):
         merged = merge(adapters, method, weights=[1.0, -1.0], **how)
         assert all(torch.isfinite(factor).all() for u in merged.modules.values() for factor in (u.B, u.A))
         assert math.isfinite(merged.report.layers["layer"].rounding)
+
+
+def test_layers_clustered_at_the_same_time_leave_the_threads_of_libraries_as_they_were(adapters):
+    merge(adapters, "lego", rank=2)  # loads what k-means loads
+
+    def threads():
+        return {library["filepath"]: library["num_threads"] for library in threadpool_info()}
+
+    before = threads()
+    with using_threads(3):
+        for seed in range(5):
+            merge(adapters, "lego", rank=2, seed=seed)
+    assert threads() == before
