@@ -182,14 +182,15 @@ def _points(kernel: Float[Tensor, "R R"]) -> Float[Tensor, "R R"]:
 def _kmeans(points: Float[Tensor, "R d"], k: int, seed: int, mass: Float[Tensor, " R"]) -> Tensor:
     from sklearn.cluster import KMeans
 
-    with _CLUSTERING, _thread_pools().limit(limits=1):
+    # on one thread: a few units are clustered in less time than several take to meet
+    with _CLUSTERING, _library_threads().limit(limits=1):
         fitted = KMeans(k, n_init=10, random_state=seed % 2**32).fit(points.numpy(), sample_weight=mass.numpy())
     return torch.from_numpy(fitted.labels_).long().unique(return_inverse=True)[1]
 
 
 @cache
-def _thread_pools() -> Any:
-    """Of scikit-learn: on one thread, a few units are clustered in less time than its threads take to meet."""
+def _library_threads() -> Any:
+    """Sets how many threads numerical libraries use; it looks for those that are loaded, which takes a while."""
     from threadpoolctl import ThreadpoolController
 
     return ThreadpoolController()

@@ -26,7 +26,8 @@ DROPS = {
 DRAWS = 2**16
 """How many different draws there are."""
 BFLOAT16_BITS = 7  # digits behind its point
-SIZE_BITS, SIZE_CLASSES = 5, 12 * 2**5
+SIZE_BITS = 5
+SIZE_CLASSES = 12 * 2**SIZE_BITS
 """DELLA tells the sizes of a row apart by their power of two and this many binary digits more, in as many classes from
 the largest down: 32 classes for each halving, to about 2^-12 of the largest."""
 
@@ -141,8 +142,7 @@ def della(
     Nothing is sorted: the c entries of a row whose sizes agree in their power of two and 5 binary digits more, or are
     below about 2^-12 of its largest, have the mean of their chances. That is within epsilon (c - 1) / (n - 1) of each
     one's own (0.016 epsilon for a long row of normally distributed entries) and leaves the mean of a row as it was,
-    to 2^-17. The result is brought to a rank, by default the number of
-    directions that the updates span together.
+    to 2^-17. The result is brought to a rank, by default the number of directions that the updates span together.
 
     Args:
         density: mean chance of an entry to be kept, in (0, 1].

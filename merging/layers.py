@@ -1,6 +1,7 @@
 """All layers of a merge, streamed: what a method asks that decides over the whole model."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from threading import RLock
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
@@ -65,9 +66,9 @@ class Layers(Mapping[str, list[LowRank]]):
 
     def mapped(self, description: str, work: Callable[[str, list[LowRank]], T]) -> Iterator[tuple[str, T]]:
         """Layer name to `work(name, updates)`, in one pass like `streamed`, several layers at the same time."""
-        done = in_turn(lambda module: work(module, self[module]), list(self.shapes))
-        for module in self.progress(list(self.shapes), description):
-            yield module, next(done)
+        with closing(in_turn(lambda module: work(module, self[module]), list(self.shapes))) as done:
+            for module in self.progress(list(self.shapes), description):
+                yield module, next(done)
 
     def once(self, compute: Callable[..., T], *args: Any) -> T:
         """`compute(layers, *args)`, computed with all threads when the first layer asks, and kept for the others."""

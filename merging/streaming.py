@@ -134,7 +134,7 @@ def recompressed(matrix: Tensor, rank: int, seed: int, facts: Mapping[str, float
         directions = -(-(rank + EXTRA_DIRECTIONS) // 8) * 8  # products are faster by eights
         with _DRAWING, torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            U, S, V = torch.svd_lowrank(matrix, q=min(directions, *matrix.shape), niter=POWER_PASSES)
+            U, S, V = torch.svd_lowrank(matrix, q=directions, niter=POWER_PASSES)
     root = S[:rank].sqrt()
     update = LowRank(U[:, :rank] * root, (V[:, :rank] * root).T).to(torch.float64)
     update, _ = update.truncated(rank)  # without directions of singular value zero, signs made canonical

@@ -8,6 +8,7 @@ have missed it, the pass is repeated with a wider one.
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -15,7 +16,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import hardshrink
 
-from moa.low_rank import LowRank
 from moa.merging.layers import Layers
 from moa.merging.streaming import DenseRows, Thinning
 
@@ -80,10 +80,9 @@ def model_trims(layers: Layers, cut: Cut) -> dict[tuple[str, int], list[Trim]]:
     """The trims of all layers, each adapter's entries compared over all layers that it changes."""
 
     def over_all(work: Callable[[str, DenseRows], T]) -> Iterator[tuple[str, T]]:
-        def dense(module: str, updates: list[LowRank]) -> T:
-            return work(module, DenseRows(updates, layers.weights))
-
-        return layers.mapped("finding thresholds", dense)
+        return layers.mapped(
+            "finding thresholds", lambda module, updates: work(module, DenseRows(updates, layers.weights))
+        )
 
     return trims(over_all, cut, sum(o * n for o, n in layers.shapes.values()), MODEL_SAMPLE)
 
@@ -102,9 +101,8 @@ def trims(over: Pass, cut: Cut, entries: int, sample: int) -> dict[tuple[str, in
         return {i: (math.prod(dense.shape), dense.entries(i, *places).abs().numpy()) for i in dense}
 
     present = dict(over(drawn))
-    adapters = sorted({i for of in present.values() for i in of})
     searches = {}
-    for i in adapters:
+    for i in sorted({i for of in present.values() for i in of}):
         sizes, samples = zip(*(of[i] for of in present.values() if i in of), strict=True)
         known = np.concatenate(samples)
         searches[i] = [Search(i, count, sum(sizes), known, floor=0.0) for count in cut.counts(sum(sizes))]
@@ -196,14 +194,14 @@ class Search:
 def settle(searches: Sequence[Search], show: Callable[[See], None]) -> None:
     """Show all values to the searches until each has found its size: once, but for a chance of one in a million."""
     while searches:
-
-        def see(module: str, adapter: int, values: np.ndarray, searches: Sequence[Search] = searches) -> None:
-            for search in searches:
-                if search.adapter == adapter:
-                    search.see(module, values)
-
-        show(see)
+        show(partial(_see_each, searches))
         searches = [search for search in searches if not search.settled()]
+
+
+def _see_each(searches: Sequence[Search], module: str, adapter: int, values: np.ndarray) -> None:
+    for search in searches:
+        if search.adapter == adapter:
+            search.see(module, values)
 
 
 def _show_sizes(module: str, dense: DenseRows, see: See) -> None:

@@ -1,5 +1,7 @@
 """Layers that are merged at the same time: in their order, each alike, and none left behind."""
 
+import os
+import signal
 import threading
 import time
 
@@ -81,6 +83,21 @@ def test_a_pass_that_is_left_early_starts_no_more_layers():
     next(turns)
     turns.close()
     assert NAMES[-1] not in started
+
+
+def test_an_interrupt_waits_for_the_layers_at_work_and_starts_no_more():
+    started, busy = [], threading.Barrier(3, timeout=20)
+
+    def work(name):
+        started.append(name)
+        if name != NAMES[0]:
+            if busy.wait() == 0:
+                os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.3)
+
+    with pytest.raises(KeyboardInterrupt):
+        list(in_turn(work, NAMES))
+    assert sorted(started) == NAMES[:4]
 
 
 def test_what_is_decided_once_for_all_layers_is_decided_once_and_with_all_threads(adapters):

@@ -9,6 +9,7 @@ from moa.adapters import Adapter
 from moa.low_rank import LowRank
 from moa.merging import streaming, thresholds
 from moa.merging.layers import Layers
+from moa.merging.parallel import in_turn, using_threads
 from moa.merging.streaming import DenseRows, recompressed, spanned_rank
 from moa.merging.thresholds import Cut, thinnings, trims
 
@@ -148,6 +149,17 @@ def test_a_large_layer_is_recompressed_near_the_best_rank_repeatably_and_leaves_
     assert once.dropped == pytest.approx(float(best), rel=1e-3)
     error = (matrix.double() - once.update.delta()).square().sum()
     assert once.dropped == pytest.approx(float(error), rel=1e-3)
+
+
+def test_layers_recompressed_at_the_same_time_are_what_each_is_alone():
+    matrix = torch.randn(90, 80, generator=torch.Generator().manual_seed(0))
+    seeds = {str(seed): seed for seed in range(120)}
+    alone = [recompressed(matrix, 4, seed).update.B for seed in seeds.values()]
+    state = torch.get_rng_state()
+    with using_threads(4):
+        together = list(in_turn(lambda name: recompressed(matrix, 4, seeds[name]).update.B, list(seeds)))
+    assert all(map(torch.equal, together, alone))
+    assert torch.equal(state, torch.get_rng_state())
 
 
 @pytest.mark.parametrize("shape", [(30, 50), (50, 30)])

@@ -130,6 +130,18 @@ def test_hard_weights_of_each_layer_equal_the_product_over_all_factors(build, ma
         close(own, whole)
 
 
+@pytest.mark.parametrize(("enough", "ways"), [(9, {"_gathered"}), (4, {"_gathered", "_grouped"}), (18, set())])
+def test_single_tokens_read_their_own_factors_from_twice_the_total_rank_on(
+    build, many, own_ranks, monkeypatch, enough, ways
+):
+    monkeypatch.setattr(moa.blocks, "GROUPED_FROM", enough)
+    model = build(many)
+    with model.pinned(NAMES):
+        logits(model, PROMPT.repeat(1, 3))
+        logits(model, PROMPT[:, :1])
+    assert set(own_ranks) == ways
+
+
 @pytest.mark.parametrize("tokens", [18, 1])
 def test_gradients_of_factors_through_own_blocks_equal_those_through_all(build, many, monkeypatch, own_ranks, tokens):
     found = []
