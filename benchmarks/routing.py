@@ -4,13 +4,14 @@
     python benchmarks/routing.py --rank 16 --all_linear --rounds 9
     python benchmarks/routing.py --adapters 2 7 30 100 --ways one moa moa_all --rounds 9
     python benchmarks/routing.py --first_layer 1 --ways one moa moa_routed     # routing in flight, no prefix pass
-    python benchmarks/routing.py --shape qwen2-1.5b --layers 28 --batch 32 --tokens 512 --decode 128   # on a GPU
-    python benchmarks/routing.py --shape qwen2-0.5b --layers 24 --batch 32 --tokens 512 --compile      # CUDA graphs
+    python benchmarks/routing.py --shape qwen2-1.5b --layers 28 --batch 32 --tokens 512 --decode 128 --graphs  # GPU
+    python benchmarks/routing.py --shape qwen2-0.5b --layers 24 --batch 32 --tokens 512 --compile              # GPU
 
 Layer shapes are those of real models, weights are random, which costs the same time. Prefill is one forward over the
 prompts, decode one more token from their cache. The ways take turns in random order, and each round's ratio is to the
 single adapter of the same round; medians are printed, and tokens a second of the single adapter. The same command runs
-on a CPU (fp32) and on a GPU (bf16).
+on a CPU (fp32) and on a GPU (bf16), where --graphs records the decode step as a CUDA graph: from Python, launching its
+kernels takes longer than running them.
 """
 
 from __future__ import annotations
@@ -62,6 +63,7 @@ WAYS = {
 }
 NO_CACHE = {"xlora": "X-LoRA refuses a cache", "moa_routed": "a route is kept while decoding"}
 VOCABULARY = 8192
+WARM_UP = 4  # decode steps before one is recorded
 
 
 class Bench:
@@ -110,9 +112,10 @@ class Bench:
         model.save_pretrained(self.folder)
 
     def peft(self, names: list[str]) -> PeftModel:
-        model = PeftModel.from_pretrained(self.base(), self.paths[names[0]], adapter_name=names[0])
+        kept = {"autocast_adapter_dtype": self.asked.autocast_adapter_dtype}
+        model = PeftModel.from_pretrained(self.base(), self.paths[names[0]], adapter_name=names[0], **kept)
         for name in names[1:]:
-            model.load_adapter(self.paths[name], name)
+            model.load_adapter(self.paths[name], name, **kept)
         return model.eval()
 
     def xlora(self) -> torch.nn.Module:
@@ -125,7 +128,13 @@ class Bench:
     def mixture(self, way: str, stack: ExitStack) -> MoaModel:
         thresholds = {"moa_all": 10**9, "moa_own": 0}
         usual, moa.blocks.GROUPED_FROM = moa.blocks.GROUPED_FROM, thresholds.get(way, moa.blocks.GROUPED_FROM)
-        model = MoaModel.from_adapters(self.base(), self.paths, check_base=False, router_layer=self.asked.router_layer)
+        model = MoaModel.from_adapters(
+            self.base(),
+            self.paths,
+            check_base=False,
+            router_layer=self.asked.router_layer,
+            autocast_adapter_dtype=self.asked.autocast_adapter_dtype,
+        )
         if way == "moa_routed":
             model.set_router(SequenceRouter(model.config.hidden_size, len(self.names)))
         else:
@@ -163,42 +172,63 @@ class Way:
         self.asked, self.device, self.cached = bench.asked, bench.device, way not in NO_CACHE
         model, self.options = bench.build(way, stack)
         self.config = model.config
-        self.call = torch.compile(model, mode="reduce-overhead") if self.asked.compile else model
+        self.model = model
+        self.stepping = torch.compile(model, mode="reduce-overhead") if self.asked.compile else model
         generator = torch.Generator().manual_seed(self.asked.seed)
         ids = torch.randint(0, VOCABULARY, (self.asked.batch, self.asked.tokens), generator=generator)
         self.ids = ids.to(self.device)
-        for _ in range(3 if self.asked.compile else 1):  # CUDA graphs run twice before they are recorded
-            self.prefill()
-            if self.cached:
-                self.fill()
-                self.decode()
+        self.prefill()
+        if self.cached:
+            self.fill()
+            self.step = self._recorded() if self.asked.graphs else self._step
+            self.decode()
 
-    def run(self, ids: torch.Tensor, **more: object) -> object:
+    def run(self, model: Callable, ids: torch.Tensor, **more: object) -> object:
         with torch.no_grad():
-            return self.call(input_ids=ids, **self.options, **more)
+            return model(input_ids=ids, **self.options, **more)
 
     def prefill(self) -> float:
-        return self._seconds(lambda: self.run(self.ids, use_cache=False, logits_to_keep=1))
+        return self._seconds(lambda: self.run(self.model, self.ids, use_cache=False, logits_to_keep=1))
 
     def fill(self) -> None:
-        length = self.asked.tokens + self.asked.decode
-        kind = StaticCache(config=self.config, max_cache_len=length) if self.asked.compile else DynamicCache()
-        self.cache = kind
-        self.run(self.ids, past_key_values=self.cache, logits_to_keep=1)
+        length = self.asked.tokens + max(self.asked.decode, WARM_UP)
+        static = self.asked.compile or self.asked.graphs
+        self.cache = StaticCache(config=self.config, max_cache_len=length) if static else DynamicCache()
+        self.run(self.model, self.ids, past_key_values=self.cache, logits_to_keep=1)
 
     def decode(self) -> float:
-        token = self.ids[:, -1:]
-        if self.asked.compile:  # a static cache cannot be cut back
-            self.fill()
-
         def steps() -> None:
             for _ in range(self.asked.decode):
-                self.run(token, past_key_values=self.cache)
+                self.step()
 
         seconds = self._seconds(steps)
-        if not self.asked.compile:
-            self.cache.crop(-self.asked.decode)
+        self._rewind()
         return seconds
+
+    def _step(self) -> None:
+        self.run(self.stepping, self.ids[:, -1:], past_key_values=self.cache)
+
+    def _recorded(self) -> Callable[[], None]:
+        """The decode step as a CUDA graph, recorded after it has run on a stream of its own."""
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(WARM_UP - 1):
+                self._step()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self._step()
+        self._rewind()
+        return graph.replay
+
+    def _rewind(self) -> None:
+        """Let the cache end with the prompt again."""
+        if isinstance(self.cache, StaticCache):
+            for layer in self.cache.layers:
+                layer.cumulative_length.fill_(self.asked.tokens)
+        else:
+            self.cache.crop(-self.asked.decode)
 
     def _seconds(self, step: Callable[[], object]) -> float:
         clock = time.process_time if self.asked.clock == "cpu" else time.perf_counter
@@ -296,7 +326,16 @@ def asked_for(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="default all; one is always there")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default cuda where there is one")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default float32 on a CPU, bfloat16 on a GPU")
-    parser.add_argument("--compile", action="store_true", help="torch.compile with CUDA graphs, and a static cache")
+    parser.add_argument(
+        "--autocast_adapter_dtype",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="adapters in float32 on a base in half precision, PEFT's default",
+    )
+    parser.add_argument("--graphs", action="store_true", help="on a GPU: decode from a CUDA graph and a static cache")
+    parser.add_argument(
+        "--compile", action="store_true", help="on a GPU: torch.compile of the decode step, with CUDA graphs"
+    )
     parser.add_argument(
         "--clock", choices=("wall", "cpu"), default="wall", help="cpu on a machine that others use too"
     )
@@ -306,6 +345,10 @@ def asked_for(argv: list[str] | None = None) -> argparse.Namespace:
     for option in ("rank", "layers", "batch", "tokens", "decode", "rounds"):
         if getattr(asked, option) < 1:
             parser.error(f"--{option} must be at least 1, got {getattr(asked, option)}")
+    if asked.graphs and asked.compile:
+        parser.error("--graphs records the model as it is, --compile compiles it: give one")
+    if asked.graphs and not torch.cuda.is_available():
+        parser.error("--graphs needs a GPU")
     if min(asked.adapters) < 1:
         parser.error(f"--adapters must be at least 1, got {min(asked.adapters)}")
     asked.ways = [way for way in WAYS if way in (*asked.ways, "one")]

@@ -24,13 +24,19 @@ NOT_GATED = {
 
 
 def assemble(
-    cls: type[PeftModelForCausalLM], base: PreTrainedModel, adapters: Mapping[str, str | Path], *, check_base: bool
+    cls: type[PeftModelForCausalLM],
+    base: PreTrainedModel,
+    adapters: Mapping[str, str | Path],
+    *,
+    check_base: bool,
+    autocast_adapter_dtype: bool,
 ) -> PeftModelForCausalLM:
     """A `cls` of this base model that holds the adapters by their names; see `MoaModel.from_adapters`."""
     if not adapters:
         raise ValueError("a mixture needs at least one adapter: got none")
     check_fresh(base)
-    return _load(cls, base, read_experts(base, adapters, check_base=check_base))
+    read = read_experts(base, adapters, check_base=check_base)
+    return _load(cls, base, read, autocast_adapter_dtype=autocast_adapter_dtype)
 
 
 def read_experts(base: PreTrainedModel, adapters: Mapping[str, str | Path], *, check_base: bool) -> dict[str, Adapter]:
@@ -110,13 +116,13 @@ def _check_base(base: PreTrainedModel, adapters: Iterable[Adapter]) -> None:
 
 
 def _load(
-    cls: type[PeftModelForCausalLM], base: PreTrainedModel, adapters: Mapping[str, Adapter]
+    cls: type[PeftModelForCausalLM], base: PreTrainedModel, adapters: Mapping[str, Adapter], **options: bool
 ) -> PeftModelForCausalLM:
     model = None
     for name, adapter in adapters.items():
         if model is None:
             config = PeftConfig.from_pretrained(adapter.path)
             config.inference_mode = True
-            model = cls(base, config, adapter_name=name)
-        model.load_adapter(adapter.path, name)
+            model = cls(base, config, adapter_name=name, **options)
+        model.load_adapter(adapter.path, name, **options)
     return model

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moa.choice import Choice
+from moa.product import plus_product
 
 GROUPED_FROM = 72
 """Total rank of the experts from which rows read their own factors only.
@@ -104,9 +105,9 @@ def _filled(factor: Float[Tensor, "R size"], ranks: Sequence[int], r: int) -> Fl
 
 
 def own_low_rank(
-    x: Float[Tensor, "batch *tokens n"], blocks: Blocks, choice: Choice
+    onto: Float[Tensor, "batch *tokens o"], x: Float[Tensor, "batch *tokens n"], blocks: Blocks, choice: Choice
 ) -> Float[Tensor, "batch *tokens o"]:
-    """`strength * x @ A_e.T @ B_e`, with the expert e of each row; one row of weights serves the whole batch."""
+    """`onto + strength * x @ A_e.T @ B_e`, with the expert e of each row; one row of weights serves a whole batch."""
     choice = choice.to(x.device)
     strength = choice.strength.to(x.dtype)
     if blocks.here is not None:
@@ -114,23 +115,31 @@ def own_low_rank(
     rows = x.reshape(len(strength), -1, x.shape[-1])
     # the grouped product cannot be compiled but in bf16
     grouped = blocks.few(rows.shape[1]) and blocks.can_group and not torch.compiler.is_compiling()
-    update = (_grouped if grouped else _gathered)(rows, blocks, choice, strength[:, None, None])
-    return update.view(*x.shape[:-1], -1)
+    return (_grouped if grouped else _gathered)(onto, rows, blocks, choice, strength[:, None, None])
 
 
 def _gathered(
-    rows: Float[Tensor, "rows tokens n"], blocks: Blocks, choice: Choice, strength: Float[Tensor, "rows 1 1"]
-) -> Float[Tensor, "rows tokens o"]:
+    onto: Float[Tensor, "batch *tokens o"],
+    rows: Float[Tensor, "rows tokens_of_row n"],
+    blocks: Blocks,
+    choice: Choice,
+    strength: Float[Tensor, "rows 1 1"],
+) -> Float[Tensor, "batch *tokens o"]:
     own = blocks.of_column[choice.expert]
-    return (rows @ blocks.A[own].mT * strength) @ blocks.B[own]
+    read = rows @ blocks.A[own].mT * strength
+    return plus_product(onto.reshape(*read.shape[:2], -1), read, blocks.B[own]).view(onto.shape)
 
 
 def _grouped(
-    rows: Float[Tensor, "rows tokens n"], blocks: Blocks, choice: Choice, strength: Float[Tensor, "rows 1 1"]
-) -> Float[Tensor, "rows tokens o"]:
+    onto: Float[Tensor, "batch *tokens o"],
+    rows: Float[Tensor, "rows tokens_of_row n"],
+    blocks: Blocks,
+    choice: Choice,
+    strength: Float[Tensor, "rows 1 1"],
+) -> Float[Tensor, "batch *tokens o"]:
     tokens = rows.shape[1]
     ends = choice.ends[blocks.last_column] * tokens
     ordered = rows[choice.order].flatten(0, 1)
     read = F.grouped_mm(ordered, blocks.A.mT, offs=ends)
     written = F.grouped_mm(read, blocks.B, offs=ends).unflatten(0, (-1, tokens))
-    return written[choice.back] * strength
+    return onto + (written[choice.back] * strength).view(onto.shape)

@@ -57,8 +57,10 @@ def check_route(cache: Any, state: RouteState) -> None:
     Raises:
         ValueError: the cache remembers another route.
     """
-    written = getattr(cache, ROUTE, None) if is_filled(cache) else None
-    if written is not None and not _same(written, running(state)):
+    written = getattr(cache, ROUTE, None)
+    if written is None or _same(written, running(state)):
+        return  # before the length is asked for, which a static cache on a GPU would wait for at every token
+    if is_filled(cache):
         raise ValueError(
             "the cache was written with another route than the one that runs now, so its keys and values are other "
             "adapters': run the same, or call model.reroute(past_key_values) and pass the whole conversation"

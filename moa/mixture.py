@@ -56,20 +56,19 @@ class GatedLayer(nn.Module):
 
     def _added(self, x: Tensor, result: Tensor, stack: Stack, weights: Tensor) -> Tensor:
         x = x.to(stack.A.dtype)
-        weights = weights.to(x)
         if self.training:
             x = self._dropped_out(x, weights)
-        choice = None if stack.blocks is None else self.route.choice_at(self.place)
-        if choice is not None and stack.blocks.pay(x, choice):
-            update = own_low_rank(x, stack.blocks, choice)
-        else:
-            update = (crossed_low_rank if self.route.crossed else gated_low_rank)(x, stack, weights)
+        onto = result
         if stack.bias is not None:
-            update = update + weights @ stack.bias
+            onto = onto + weights.to(x) @ stack.bias
         if stack.stretch is not None:
             bias = self.get_base_layer().bias
-            update = update + (weights @ stack.stretch) * (result if bias is None else result - bias)
-        return result + update
+            onto = onto + (weights.to(x) @ stack.stretch) * (result if bias is None else result - bias)
+        choice = None if stack.blocks is None else self.route.choice_at(self.place)
+        if choice is not None and stack.blocks.pay(x, choice):
+            return own_low_rank(onto, x, stack.blocks, choice)
+        gate = self.route.gate_at(self.place, weights, stack)
+        return (crossed_low_rank if self.route.crossed else gated_low_rank)(onto, x, stack, gate)
 
     def _dropped_out(self, x: Tensor, weights: Tensor) -> Tensor:
         """x after lora_dropout: each row with the chance of its expert, or the mean of theirs where it mixes several.

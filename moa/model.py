@@ -53,6 +53,7 @@ class MoaModel(RoutedModel):
         top_k: int = 2,
         granularity: Granularity = "sequence",
         check_base: bool = True,
+        autocast_adapter_dtype: bool = True,
     ) -> MoaModel:
         """Load LoRA adapters, of any ranks and target modules, as the experts of one base model.
 
@@ -64,6 +65,8 @@ class MoaModel(RoutedModel):
             top_k: how many experts `top_k` mixes.
             granularity: `sequence` or `token`, see `set_granularity`.
             check_base: refuse adapters that name another base model.
+            autocast_adapter_dtype: as in PEFT: keep and compute adapters in float32 where the base model is in half
+                precision. False computes them in the base model's dtype, which is faster on a GPU.
 
         Raises:
             ValueError: no adapters, a name that PEFT cannot hold, adapters of different base models, a base that
@@ -71,7 +74,8 @@ class MoaModel(RoutedModel):
         """
         if isinstance(base, str | Path):
             base = load_base_model(str(base))
-        model = assemble(cls, base, adapters, check_base=check_base)
+        options = {"check_base": check_base, "autocast_adapter_dtype": autocast_adapter_dtype}
+        model = assemble(cls, base, adapters, **options)
         model.moa_config = MoaConfig(
             base_model=portable_name(base),
             experts=list(adapters),
@@ -236,6 +240,7 @@ class MoaModel(RoutedModel):
         *,
         check_base: bool = True,
         router: bool = True,
+        autocast_adapter_dtype: bool = True,
         dtype: str = "auto",
         attn_implementation: str = "auto",
         **kwargs: Any,
@@ -247,6 +252,7 @@ class MoaModel(RoutedModel):
             model_id: a folder, or a Hub repository.
             check_base: refuse another base model than the mixture was saved on.
             router: False leaves the fitted router out, to give it another one.
+            autocast_adapter_dtype: as for `from_adapters`.
             dtype, attn_implementation: of a base model that is loaded here, as for `load_base_model`.
             kwargs: `revision`, `token`, `cache_dir` for the Hub.
 
@@ -257,7 +263,8 @@ class MoaModel(RoutedModel):
         from moa.saving import load_mixture
 
         computing = {"dtype": dtype, "attn_implementation": attn_implementation}
-        return load_mixture(cls, model, model_id, check_base=check_base, router=router, computing=computing, **kwargs)
+        options = {"check_base": check_base, "router": router, "autocast_adapter_dtype": autocast_adapter_dtype}
+        return load_mixture(cls, model, model_id, computing=computing, **options, **kwargs)
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
         """Write one folder with three readers: its root is a plain LoRA adapter (the fallback, a merge of the

@@ -71,7 +71,7 @@ def _positions(indices: Int[Tensor, "1 tokens"]) -> Int[Tensor, "1 tokens"]:
 
 
 def _restart(position_ids: Tensor | None, attention_mask: Tensor | None) -> bool:
-    if position_ids is None or attention_mask is not None or position_ids.dim() != 2:
+    if position_ids is None or attention_mask is not None or position_ids.dim() != 2 or position_ids.shape[1] < 2:
         return False
     return bool((position_ids.diff(dim=1) < 1).any())
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, Protocol
+from operator import is_not
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from jaxtyping import Float, Int
@@ -12,6 +13,9 @@ from torch import Tensor
 
 from moa.choice import Choice, choices
 from moa.config import FALLBACK
+
+if TYPE_CHECKING:
+    from moa.stack import Stack
 
 RECOMPUTED = ("weights", "token_rows", "broadcast", "crossed")
 RUNS = ("_weights", "_choices", "_layer_router", "token_rows", "broadcast", "crossed", "off")
@@ -53,6 +57,7 @@ class RouteState:
         self.layers: tuple[str, ...] = ()
         self._weights: Tensor | None = None
         self._choices: tuple[Choice, ...] | None = None
+        self._gates: tuple[tuple[Tensor, Tensor | None], dict[tuple, Tensor]] | None = None
         self._layer_router: LayerRouter | None = None
         self.token_rows: Int[Tensor, "1 tokens"] | None = None
         self.off = self.pinned = self.crossed = False
@@ -143,6 +148,28 @@ class RouteState:
         if self.token_rows is not None:
             return weights[self.token_rows]
         return weights.view(len(weights), *(1,) * (x.dim() - 2), -1)
+
+    def gate_at(
+        self, place: int, weights: Float[Tensor, "rows *tokens columns"], stack: Stack
+    ) -> Float[Tensor, "rows *tokens R"]:
+        """A layer's weights, each repeated over the ranks of its adapter.
+
+        Computed once a route for all layers that are alike: on a GPU, two kernels less for each of them.
+        """
+        set_weights = self._weights
+        if set_weights is None or set_weights.requires_grad or torch.compiler.is_compiling():
+            return stack.gate(weights)
+        by_layer = set_weights.dim() > 2 and set_weights.shape[1] > 1
+        if by_layer and set_weights.dim() == 4:  # as large as what a layer reads, and of use to nobody else
+            return stack.gate(weights)
+        made_from = set_weights, self.token_rows
+        if self._gates is None or any(is_not(*pair) for pair in zip(self._gates[0], made_from, strict=True)):
+            self._gates = made_from, {}
+        alike = place if by_layer else None, weights.dim(), stack.ranks, stack.members, stack.A.dtype, stack.A.device
+        gates = self._gates[1]
+        if alike not in gates:
+            gates[alike] = stack.gate(weights)
+        return gates[alike]
 
     def choice_at(self, place: int) -> Choice | None:
         """The one expert of each row at a layer; None where rows mix experts, or tokens of one row differ."""

@@ -163,6 +163,7 @@ def load_mixture(
     *,
     check_base: bool = True,
     router: bool = True,
+    autocast_adapter_dtype: bool = True,
     computing: Mapping[str, str],
     **hub: Any,
 ) -> MoaModel:
@@ -188,10 +189,11 @@ def load_mixture(
         {name: directory / name for name in config.experts},
         router_layer=config.router.layer,
         check_base=check_base and config.check_base,
+        autocast_adapter_dtype=autocast_adapter_dtype,
     )
     config.router.layer = model.moa_config.router.layer
     model.moa_config = config
-    model.load_adapter(str(directory), FALLBACK)
+    model.load_adapter(str(directory), FALLBACK, autocast_adapter_dtype=autocast_adapter_dtype)
     model.requires_grad_(False)
     routed = router and ROUTER_NAME in config.sha256
     if routed:

@@ -1,6 +1,6 @@
 """The experts' factors at one layer, side by side, and the products of a gated layer that read all of them.
 
-gated:    ((x @ A.T) * gate) @ B
+gated:    onto + ((x @ A.T) * gate) @ B
 crossed:  factors added up before they are multiplied, as LoRAHub does
 """
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moa.blocks import Blocks
+from moa.product import plus_product
 
 
 @dataclass(frozen=True)
@@ -42,17 +43,26 @@ class Stack:
     bias: Float[Tensor, "columns o"] | None = None
     stretch: Float[Tensor, "columns o"] | None = None
 
+    def gate(self, weights: Float[Tensor, "rows *tokens columns"]) -> Float[Tensor, "rows *tokens R"]:
+        """Each adapter's weight, repeated over its ranks, in the dtype of the factors."""
+        return weights.to(self.A)[..., self.column_of_rank]
+
 
 def gated_low_rank(
-    x: Float[Tensor, "batch *tokens n"], stack: Stack, weights: Float[Tensor, "rows *tokens_or_1 columns"]
+    onto: Float[Tensor, "batch *tokens o"],
+    x: Float[Tensor, "batch *tokens n"],
+    stack: Stack,
+    gate: Float[Tensor, "rows *tokens_or_1 R"],
 ) -> Float[Tensor, "batch *tokens o"]:
-    """`((x @ A.T) * gate) @ B`, the gate being each expert's weight, repeated over its ranks."""
-    gate = weights[..., stack.column_of_rank]
-    return (F.linear(x, stack.A) * gate) @ stack.B
+    """`onto + ((x @ A.T) * gate) @ B`, the gate being each expert's weight, repeated over its ranks."""
+    return plus_product(onto, F.linear(x, stack.A) * gate, stack.B)
 
 
 def crossed_low_rank(
-    x: Float[Tensor, "batch *tokens n"], stack: Stack, weights: Float[Tensor, "rows *tokens_or_1 columns"]
+    onto: Float[Tensor, "batch *tokens o"],
+    x: Float[Tensor, "batch *tokens n"],
+    stack: Stack,
+    gate: Float[Tensor, "rows *tokens_or_1 R"],
 ) -> Float[Tensor, "batch *tokens o"]:
     """`x` through the sum of the experts' factors, `(sum_i g_i B_i) (sum_j g_j A_j)`, as LoRAHub adds them up.
 
@@ -67,8 +77,7 @@ def crossed_low_rank(
             f"factors of ranks {', '.join(map(str, stack.ranks))} cannot be added: use the linear form, "
             "which takes experts of any ranks"
         )
-    gate = weights[..., stack.column_of_rank]
     read = F.linear(x, stack.A) * (gate * stack.root_scale)
     experts = len(stack.ranks)
     together = read.unflatten(-1, (experts, -1)).sum(dim=-2).repeat(*(1,) * (x.dim() - 1), experts)
-    return (together * (gate / stack.root_scale)) @ stack.B
+    return plus_product(onto, together * (gate / stack.root_scale), stack.B)
