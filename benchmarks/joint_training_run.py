@@ -89,8 +89,8 @@ def base_model(arguments: argparse.Namespace) -> Any:
     )
     torch.manual_seed(SEED)
     config = Qwen2Config(vocab_size=151_936, num_key_value_heads=2, tie_word_embeddings=True, **shape)
-    model = Qwen2ForCausalLM(config).to(torch.bfloat16 if cuda else torch.float32)
-    return model.to("cuda" if cuda else "cpu").eval()
+    with torch.device("cuda" if cuda else "cpu"):
+        return Qwen2ForCausalLM(config).to(torch.bfloat16 if cuda else torch.float32).eval()
 
 
 def task_rows(arguments: argparse.Namespace) -> dict[str, Any]:

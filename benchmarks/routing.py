@@ -92,7 +92,8 @@ class Bench:
     def _random_base(self) -> Qwen2ForCausalLM:
         torch.manual_seed(0)
         config = Qwen2Config(vocab_size=VOCABULARY, num_hidden_layers=self.asked.layers, **SHAPES[self.asked.shape])
-        return Qwen2ForCausalLM(config).to(self.device, self.dtype).eval()
+        with torch.device(self.device):
+            return Qwen2ForCausalLM(config).to(self.dtype).eval()
 
     def _write_adapters(self) -> None:
         targets = [*ATTENTION, *(MLP if self.asked.all_linear else [])]

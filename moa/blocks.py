@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moa.choice import Choice
+from moa.constants import constant
 from moa.product import plus_product
 
 GROUPED_FROM = 72
@@ -84,16 +85,15 @@ def blocks_of(
     if sum(ranks) < GROUPED_FROM or r * len(ranks) > 2 * sum(ranks):
         return None
 
-    def indices(values: Iterable[int]) -> Int[Tensor, " values"]:
-        return torch.tensor(list(values), device=A.device)
+    def constants(values: Iterable[int], dtype: torch.dtype = torch.long) -> Tensor:
+        return constant(tuple(values), A.device, dtype)
 
-    here = indices(int(column in members) for column in range(columns))
     return Blocks(
         A=_filled(A, ranks, r),
         B=_filled(B, ranks, r),
-        of_column=indices(min(sum(m < c for m in members), len(members) - 1) for c in range(columns)),
-        here=None if len(members) == columns else here.to(A.dtype),
-        last_column=indices([*members[:-1], columns - 1]),
+        of_column=constants(min(sum(m < c for m in members), len(members) - 1) for c in range(columns)),
+        here=None if len(members) == columns else constants((c in members for c in range(columns)), A.dtype),
+        last_column=constants([*members[:-1], columns - 1]),
         for_tokens=sum(ranks) >= TIMES_FOR_TOKENS * GROUPED_FROM,
     )
 

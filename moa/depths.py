@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from moa.prefix import block_of
+from moa.prefix import layer_numbers
 from moa.router import SequenceRouter
 from moa.routing import EXPERT, Granularity, Routing
 
@@ -75,8 +75,8 @@ def check_others(router: SequenceRouter, layer: int | None) -> None:
 
 def router_of_layers(base: PreTrainedModel, layers: Sequence[str], depths: Sequence[int]) -> list[int]:
     """For each gated layer, the place in `depths`, sorted, of the router that it follows."""
-    blocks = [block_of(base, name) or 0 for name in layers]
-    return [max((place for place, depth in enumerate(depths) if depth <= block), default=0) for block in blocks]
+    blocks = layer_numbers(base, layers)
+    return [max((place for place, depth in enumerate(depths) if depth <= (block or 0)), default=0) for block in blocks]
 
 
 def spread(routed: Routing, at_depths: Mapping[int, Tensor], followed: Sequence[int]) -> Routing:

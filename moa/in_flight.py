@@ -18,7 +18,7 @@ from jaxtyping import Bool
 from torch import Tensor, nn
 
 from moa.depths import deepest
-from moa.prefix import block_of, depth, layer_list
+from moa.prefix import depth, layer_list, layer_numbers
 from moa.routing import Granularity
 
 if TYPE_CHECKING:
@@ -34,9 +34,9 @@ def reads_in_flight(model: RoutedModel, granularity: Granularity | None = None) 
     base, layer = model.get_base_model(), model.moa_config.router.layer
     if (granularity or model.moa_config.granularity) == "layer":
         return False
-    adapted = [name for name in model.route_state.layers if base.get_submodule(name).lora_A]
-    blocks = [block_of(base, name) for name in adapted]
-    return all(block is not None and block >= layer for block in blocks)
+    names = model.route_state.layers
+    before = (n for n, k in zip(names, layer_numbers(base, names), strict=True) if k is None or k < layer)
+    return not any(base.get_submodule(name).lora_A for name in before)
 
 
 def prefill_overhead(model: RoutedModel, granularity: Granularity | None = None) -> float:

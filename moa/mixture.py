@@ -14,6 +14,7 @@ swapped once, after loading; hooks would be gone when gradient checkpointing rec
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import cache
 from typing import Any
 
@@ -23,6 +24,7 @@ from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 
 from moa.blocks import blocks_of, own_low_rank
+from moa.constants import constant
 from moa.route_state import RouteState
 from moa.stack import Stack, crossed_low_rank, gated_low_rank
 
@@ -94,9 +96,8 @@ class GatedLayer(nn.Module):
         looked = (self.route.steady, columns)
         if self.looked == looked and looked[0] is not None:
             return self.stacks[columns][1]
-        names = self.route.names(columns)
-        members = {column: name for column, name in enumerate(names) if name in self.lora_A}
-        parts = [part for name in members.values() for part in self._parts(name)]
+        members = self._members(columns)
+        parts = self._parts(members.values())
         # without gradients too: FSDP2 gathers trained factors to old addresses, and keeps their version counters
         if any(part.requires_grad for part in parts):
             return self._build_stack(members, columns)
@@ -108,31 +109,48 @@ class GatedLayer(nn.Module):
         self.looked = looked
         return self.stacks[columns][1]
 
-    def _parts(self, name: str) -> list[Tensor]:
-        """All tensors that an expert's update depends on."""
-        parts = [self.lora_A[name].weight, *self.lora_B[name].parameters()]
-        if name in self.lora_magnitude_vector:
-            parts += [self.lora_magnitude_vector[name].weight, self.get_base_layer().weight]
+    def _members(self, columns: int) -> dict[int, str]:
+        """The experts that adapt this layer, by their columns in weights of so many."""
+        here = self.lora_A
+        return {column: name for column, name in enumerate(self.route.names(columns)) if name in here}
+
+    def _parts(self, names: Iterable[str]) -> list[Tensor]:
+        """All tensors that these experts' updates depend on."""
+        read, wrote, magnitudes = self.lora_A, self.lora_B, self.lora_magnitude_vector
+        parts = []
+        for name in names:
+            B = wrote[name]
+            parts += (read[name].weight, B.weight) if B.bias is None else (read[name].weight, B.weight, B.bias)
+            if name in magnitudes:
+                parts += magnitudes[name].weight, self.get_base_layer().weight
         return parts
+
+    def trains(self, columns: int) -> bool:
+        """Whether some expert's factors want gradients here, so that they are stacked anew in every forward."""
+        return any(part.requires_grad for part in self._parts(self._members(columns).values()))
 
     def _build_stack(self, members: dict[int, str], columns: int) -> Stack | None:
         if not members:
             return None
         names = list(members.values())
         A = torch.cat([self.lora_A[name].weight for name in names])
-        ranks = [self.r[name] for name in names]
+        ranks, scalings = tuple(self.r[name] for name in names), [self.scaling[name] for name in names]
         stretches = {name: self._stretch(name) for name in names if name in self.lora_magnitude_vector}
         scales = {name: self.scaling[name] * stretches.get(name, 1) for name in names}
         biases = {name: self.lora_B[name].bias * scales[name] for name in names if self.lora_B[name].bias is not None}
-        B = torch.cat([self.lora_B[name].weight.T * scales[name] for name in names])
+        factors = [self.lora_B[name].weight.T for name in names]
+        if len(set(scalings)) == 1 and not stretches:  # one product for all
+            B = torch.cat(factors) * scalings[0]
+        else:
+            B = torch.cat([factor * scales[name] for factor, name in zip(factors, names, strict=True)])
         return Stack(
             A=A,
             B=B,
-            ranks=tuple(ranks),
+            ranks=ranks,
             members=tuple(members),
             blocks=blocks_of(A, B, ranks, list(members), columns),
-            column_of_rank=_repeated(list(members), ranks).to(A.device),
-            root_scale=_repeated([abs(self.scaling[name]) ** 0.5 for name in names], ranks).to(A),
+            column_of_rank=constant(_repeated(members, ranks), A.device, torch.long),
+            root_scale=constant(_repeated((abs(s) ** 0.5 for s in scalings), ranks), A.device, A.dtype),
             bias=_of_columns(biases, members, columns),
             stretch=_of_columns({name: stretch - 1 for name, stretch in stretches.items()}, members, columns),
         )
@@ -147,14 +165,18 @@ class GatedLayer(nn.Module):
 
 
 def refresh(base_model: nn.Module, columns: int) -> None:
-    """Stack the experts' factors as they are now, in every gated layer, for a compiled forward to find them."""
+    """Stack the experts' factors as they are now, in every gated layer, for a compiled forward to find them.
+
+    Those in training it stacks itself.
+    """
     for module in base_model.modules():
-        if isinstance(module, GatedLayer):
+        if isinstance(module, GatedLayer) and not module.trains(columns):
             module.current_stack(columns)
 
 
-def _repeated(values: list, ranks: list[int]) -> Tensor:
-    return torch.tensor(values).repeat_interleave(torch.tensor(ranks))
+def _repeated(values: Iterable[float], ranks: tuple[int, ...]) -> tuple[float, ...]:
+    """Each value as often as its rank says."""
+    return tuple(value for value, rank in zip(values, ranks, strict=True) for _ in range(rank))
 
 
 def _of_columns(vectors: dict[str, Tensor], members: dict[int, str], columns: int) -> Tensor | None:

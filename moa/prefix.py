@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -130,9 +130,9 @@ def layer_list(decoder: nn.Module) -> tuple[str, nn.ModuleList]:
     )
 
 
-def block_of(base_model: PreTrainedModel, module: str) -> int | None:
-    """Number of the decoder's layer that a module lies in; None for one outside, such as the embeddings."""
+def layer_numbers(base_model: PreTrainedModel, modules: Iterable[str]) -> list[int | None]:
+    """The decoder's layer that each module lies in; None for one outside, such as the embeddings."""
     decoder = base_model.get_decoder()
     path = next(name for name, found in base_model.named_modules() if found is decoder)
     inside = f"{path}.{layer_list(decoder)[0]}.".removeprefix(".")
-    return int(module.removeprefix(inside).split(".")[0]) if module.startswith(inside) else None
+    return [int(name[len(inside) :].split(".")[0]) if name.startswith(inside) else None for name in modules]

@@ -68,15 +68,17 @@ main() {
     local common=(--tasks "${tasks[@]}" --model "$model" "${rows_from[@]}")
 
     activate_environment demo
-    echo "demo: ${#tasks[@]} LoRAs of $steps steps, a router, five merges, one table"
+    echo "demo: ${#tasks[@]} LoRAs of $steps steps, a router, seven merges, one table"
     echo "      about $(((${#tasks[@]} * (steps + 45) + 59) / 60)) minutes on 2 cores; results in $output/evaluation"
     python "$root/training/train_lora.py" "${common[@]}" --output_dir "$output/lora" \
         --max_steps "$steps" --train_rows "$((steps * 8))" --learning_rate 2e-3 --attn_implementation eager \
         --resume_from_checkpoint
     python "$root/training/train_moa.py" "${common[@]}" --adapters "$output/lora" --output_dir "$output/moa" \
         --resume_from_checkpoint
+    moa statistics "${common[@]}" --adapters "$output/moa" --rows 96 # what the best merges need
     python "$root/evaluation/full_evaluation.py" "${common[@]}" --mixture "$output/moa" \
-        --output_dir "$output/evaluation" "${limits[@]}"
+        --output_dir "$output/evaluation" "${limits[@]}" \
+        --methods average concatenation factor_sum svd ties regmean regmean:rank=8
 }
 
 main "$@"

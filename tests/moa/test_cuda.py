@@ -42,7 +42,7 @@ def run(model, ids, **options):
 
 
 def close(got, expected, dtype):
-    assert (got - expected).norm() < {torch.float32: 1e-4, torch.bfloat16: 3e-2}[dtype] * expected.norm()
+    assert (got - expected).norm() <= {torch.float32: 1e-4, torch.bfloat16: 5e-2}[dtype] * expected.norm()
 
 
 @pytest.mark.parametrize("autocast", [True, False])
@@ -139,8 +139,7 @@ def test_a_packed_row_through_torchs_kernel_is_its_sequences_and_has_their_gradi
         gradients.append({name: p.grad for name, p in factors.items() if p.grad is not None})
     assert gradients[0].keys() == gradients[1].keys()
     for name, gradient in gradients[0].items():
-        scale = gradients[1][name].abs().max().item()
-        torch.testing.assert_close(gradient, gradients[1][name], rtol=0, atol=0.1 * scale + 1e-6)
+        close(gradient.float(), gradients[1][name].float(), torch.bfloat16)
 
 
 def test_experts_on_a_gpu_merge_into_the_same_adapter_as_on_the_cpu(base, adapters):
