@@ -477,3 +477,24 @@ def test_each_row_drops_inputs_with_the_chance_of_its_own_expert_in_training_alo
     delta = (layer.scaling["often"] * layer.lora_B["often"].weight @ layer.lora_A["often"].weight).detach()
     variance = (delta * x[1, 0]).square().sum(dim=1) * 0.25 / 0.75
     torch.testing.assert_close(dropped[1].var(dim=0), variance, atol=0.0, rtol=0.1)
+
+
+@pytest.mark.parametrize(("autocast", "kept"), [(True, torch.float32), (False, torch.bfloat16)])
+def test_adapters_keep_the_bases_dtype_where_peft_is_told_not_to_widen_them(
+    base_folder, adapters, tmp_path, autocast, kept
+):
+    def base():
+        return AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.bfloat16)
+
+    model = MoaModel.from_adapters(base(), adapters, autocast_adapter_dtype=autocast)
+    model.save_pretrained(tmp_path / "moa")
+    again = MoaModel.from_pretrained(base(), tmp_path / "moa", autocast_adapter_dtype=autocast)
+    for mixture in (model, again):
+        factors = [p for name, p in mixture.named_parameters() if ".lora_" in name]
+        assert {factor.dtype for factor in factors} == {kept}
+        with mixture.pinned(NAMES):
+            mixed = logits(mixture).float()
+        for row, name in enumerate(NAMES):
+            alone = PeftModel.from_pretrained(base(), adapters[name], autocast_adapter_dtype=autocast).eval()
+            expected = logits(alone, PROMPT[row : row + 1]).float()
+            assert (mixed[row : row + 1] - expected).norm() < 3e-2 * expected.norm()
