@@ -50,6 +50,8 @@ class GatedLayer(nn.Module):
         if self.route.weights is None and self.route.layer_router is None:
             return super().forward(x, *args, **kwargs)
         result = self.base_layer(x, *args, **kwargs)
+        if self.base_layer._forward_hooks:  # one of them may have kept it, and it is added to in place
+            result = result.clone()
         weights = self.route.weights_at(self.place, x)
         stack = self.current_stack(weights.shape[-1])
         if stack is None:  # no expert adapts this layer
@@ -59,7 +61,7 @@ class GatedLayer(nn.Module):
     def _added(self, x: Tensor, result: Tensor, stack: Stack, weights: Tensor) -> Tensor:
         x = x.to(stack.A.dtype)
         if self.training:
-            x = self._dropped_out(x, weights)
+            x = self._dropped_out(x, weights.to(x))
         onto = result
         if stack.bias is not None:
             onto = onto + weights.to(x) @ stack.bias
@@ -105,7 +107,8 @@ class GatedLayer(nn.Module):
             return self.stacks[columns][1] if columns in self.stacks else self._build_stack(members, columns)
         built_from = (*members.items(), *((part.data_ptr(), part._version) for part in parts))
         if columns not in self.stacks or self.stacks[columns][0] != built_from:
-            self.stacks[columns] = built_from, self._build_stack(members, columns)
+            with torch.inference_mode(False):  # a later forward may train what it meets on the way
+                self.stacks[columns] = built_from, self._build_stack(members, columns)
         self.looked = looked
         return self.stacks[columns][1]
 

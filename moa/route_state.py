@@ -165,10 +165,12 @@ class RouteState:
         made_from = set_weights, self.token_rows
         if self._gates is None or any(is_not(*pair) for pair in zip(self._gates[0], made_from, strict=True)):
             self._gates = made_from, {}
-        alike = place if by_layer else None, weights.dim(), stack.ranks, stack.members, stack.A.dtype, stack.A.device
-        gates = self._gates[1]
+        version = None if set_weights.is_inference() else set_weights._version  # they may be changed in place
+        layer = (place if by_layer else None, stack.ranks, stack.members, stack.A.dtype, stack.A.device)
+        alike, gates = (version, weights.dim(), *layer), self._gates[1]
         if alike not in gates:
-            gates[alike] = stack.gate(weights)
+            with torch.inference_mode(False):  # a later forward may want gradients through it
+                gates[alike] = stack.gate(weights)
         return gates[alike]
 
     def choice_at(self, place: int) -> Choice | None:

@@ -498,3 +498,72 @@ def test_adapters_keep_the_bases_dtype_where_peft_is_told_not_to_widen_them(
             alone = PeftModel.from_pretrained(base(), adapters[name], autocast_adapter_dtype=autocast).eval()
             expected = logits(alone, PROMPT[row : row + 1]).float()
             assert (mixed[row : row + 1] - expected).norm() < 3e-2 * expected.norm()
+
+
+def test_layers_of_equal_ranks_and_other_experts_have_gates_of_their_own(build, make_adapter, tmp_path, alone):
+    targets = {"cats": ["q_proj", "k_proj"], "dogs": ["k_proj", "v_proj"], "films": ["q_proj", "v_proj"]}
+    adapters = {name: make_adapter(tmp_path / name, seed=len(name), target_modules=t) for name, t in targets.items()}
+    model = build(adapters)
+    with model.pinned(NAMES):
+        mixed = logits(model)
+    for row, name in enumerate(NAMES):
+        close(mixed[row : row + 1], alone(adapters[name], PROMPT[row : row + 1]))
+
+
+def test_weights_that_are_changed_in_place_are_seen(build, adapters):
+    model, weights = build(adapters), torch.full((1, 3), 1 / 3)
+    with model.pinned(Routing(weights)):
+        logits(model)
+        weights.copy_(torch.tensor([[0.5, 0.25, 0.25]]))
+        changed = logits(model)
+    with model.pinned(pinned([[0.5, 0.25, 0.25]])):
+        close(changed, logits(model))
+
+
+def test_what_a_hook_saw_of_the_base_layer_stays_as_it_saw_it(build, adapters):
+    model, seen = build(adapters), []
+    layer = model.get_base_model().model.layers[0].self_attn.q_proj.base_layer
+    layer.register_forward_hook(lambda module, inputs, output: seen.append((inputs[0], output)))
+    with model.pinned(NAMES):
+        logits(model)
+    ((x, output),) = seen
+    close(output, torch.nn.functional.linear(x, layer.weight, layer.bias))
+
+
+def test_what_inference_mode_left_behind_can_be_trained_through(build, adapters):
+    model, weights = build(adapters), torch.full((3, 3), 1 / 3)
+    route = Routing(weights)
+    for _ in range(2):
+        with model.pinned(route):
+            with torch.inference_mode():
+                model(input_ids=PROMPT)
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(".lora_A" in name)
+            model(input_ids=PROMPT, labels=PROMPT, use_cache=False).loss.backward()
+        model.requires_grad_(False)
+        route = Routing(weights.clone().requires_grad_())
+    with torch.inference_mode(), model.pinned(NAMES):
+        model(input_ids=PROMPT)
+    with model.pinned(route):
+        model(input_ids=PROMPT, labels=PROMPT, use_cache=False).loss.backward()
+    assert route.weights.grad.abs().sum() > 0
+
+
+def test_dropout_takes_adapters_in_half_precision(build, make_adapter, tmp_path):
+    adapters = {n: make_adapter(tmp_path / n, seed=len(n), lora_dropout=0.5) for n in ("cats", "films")}
+    model = build(adapters, torch.bfloat16, torch.bfloat16).train()
+    with model.pinned(["cats", "films", "cats"]):
+        assert logits(model).dtype == torch.bfloat16
+
+
+def test_constants_made_inside_a_transform_do_not_outlive_it():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from moa.constants import constant
+
+    asked = (4.0, 2.0, 4.0, 1.0), torch.device("cpu"), torch.float64
+    with FakeTensorMode():
+        constant(*asked)
+    torch.vmap(lambda x: x + constant(*asked)[0])(torch.zeros(2))
+    assert type(constant(*asked)) is torch.Tensor and constant(*asked).tolist() == [4, 2, 4, 1]
+    assert constant(*asked) is constant(*asked)

@@ -146,3 +146,16 @@ def test_sequences_that_say_only_which_token_is_whose_do_not_see_each_other(mode
     with model.pinned(["cats"]), model.route_state.set(broadcast=True):
         alone = model(**packed).logits
         torch.testing.assert_close(model(**without).logits, alone)
+
+
+@torch.no_grad()
+def test_two_packed_rows_of_one_pinned_route_are_each_cut_where_they_say(model):
+    collate = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)
+    with model.pinned(["dogs", "films", "cats"]):
+        for rows in (ROWS, [ROWS[1], ROWS[2], ROWS[0]]):
+            ids = [row["input_ids"] for row in rows]
+            mixed = model(**collate(rows)).logits[0].split([len(row) for row in ids])
+            for got, row, name in zip(mixed, ids, ["dogs", "films", "cats"], strict=True):
+                with model.using(name):
+                    alone = model(input_ids=torch.tensor([row]), use_cache=False).logits[0]
+                torch.testing.assert_close(got, alone, rtol=1e-4, atol=1e-4)

@@ -201,3 +201,17 @@ def test_bare_weights_are_not_pinned(model):
         model.pinned(torch.eye(3)),
     ):
         pass
+
+
+def test_a_cache_whose_route_is_the_one_that_runs_is_not_asked_for_its_length():
+    from moa.cached_route import check_route, remember
+    from moa.route_state import RouteState
+
+    class Static:
+        def get_seq_length(self):
+            raise AssertionError("a static cache on a GPU would have to be waited for")
+
+    state, cache = RouteState(("cats", "dogs")), Static()
+    state.weights = torch.tensor([[1.0, 0.0]])
+    remember(cache, state)
+    check_route(cache, state)
