@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from moa.adapters import Adapter, Extras, Kind, read_adapter, write_adapter
+from moa.errors import one_line
 from moa.low_rank import LowRank
 from moa.merging.asked import Asked
 from moa.merging.carried import Beside, beside_updates, check_carried, check_nothing_beside
@@ -17,7 +18,7 @@ from moa.merging.finishing import Finish, Finished
 from moa.merging.given import for_layers, known_statistics
 from moa.merging.layers import Layers, Progress, no_progress
 from moa.merging.members import Members
-from moa.merging.provenance import described_sources
+from moa.merging.provenance import base_from, described_sources
 from moa.merging.ranks import RankRule, chosen_ranks
 from moa.merging.registry import find_method
 from moa.merging.report import REPORT_FILE, MergeReport
@@ -180,8 +181,14 @@ def _finished(
     given = for_layers(asked.method, layers, ranks, asked.seed, known, asked.objective)
 
     def work(module: str, updates: list[LowRank]) -> Finished:
-        merged = asked.method.function(updates, layers.weights, **given(module), **asked.options)
-        return finish(module, merged, updates, layers.weights)
+        try:
+            merged = asked.method.function(updates, layers.weights, **given(module), **asked.options)
+            return finish(module, merged, updates, layers.weights)
+        except (OverflowError, torch.linalg.LinAlgError) as error:
+            raise ValueError(
+                f"{asked.method.name} cannot merge {module} ({one_line(error)}): its factors or the weights are so "
+                "large that products of them leave the range of numbers, give smaller ones"
+            ) from error
 
     return dict(layers.mapped(f"merging by {asked.method.name}", work))
 
@@ -205,7 +212,7 @@ def _result(
         sources=described_sources(members.sources, members.weights, members.shapes, used, asked.output),
         layers={module: of.report for module, of in finished.items()},
         carried=extras.names,
-        base_weights=beside.base,
+        base_weights=base_from(beside.base, asked.output),
         versions={"moa-peft": version("moa-peft"), "torch": torch.__version__},
     )
     task_type, revision = (agreed(a.config.get(key) for a in members.sources) for key in ("task_type", "revision"))

@@ -93,6 +93,10 @@ def checked_dtype(dtype: torch.dtype | str) -> torch.dtype:
     return getattr(torch, name)
 
 
+LARGEST_WEIGHT = 1e15
+"""Squares of larger ones, times those of an update, may leave the range of float32."""
+
+
 def checked_weights(weights: Sequence[float] | None, count: int) -> list[float]:
     if weights is None:
         return [1 / count] * count
@@ -101,6 +105,8 @@ def checked_weights(weights: Sequence[float] | None, count: int) -> list[float]:
         raise ValueError(f"weights must be one for each adapter: got {len(weights)} for {count} adapters")
     if not all(map(math.isfinite, weights)):
         raise ValueError(f"weights must be finite numbers, got {weights}")
+    if max(map(abs, weights)) > LARGEST_WEIGHT:
+        raise ValueError(f"weights must lie between -{LARGEST_WEIGHT:g} and {LARGEST_WEIGHT:g}, got {weights}")
     if not any(weights):
         raise ValueError("all weights are zero, so there is nothing to merge: give at least one another value")
     return weights

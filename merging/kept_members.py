@@ -11,7 +11,7 @@ import torch
 from moa.adapters import Adapter, AdapterError, Kind, LazyUpdates, Shape
 from moa.errors import nearest
 from moa.low_rank import LowRank
-from moa.merging.checks import check_same_base, common_kinds, common_shapes
+from moa.merging.checks import LARGEST_WEIGHT, check_same_base, common_kinds, common_shapes
 from moa.merging.report import Source
 
 
@@ -183,7 +183,9 @@ def check_fits(adapter: Adapter, members: Sequence[Adapter], *, check_base: bool
 
 
 def checked_weight(name: str, weight: float) -> float:
-    """A ValueError unless it is a finite number."""
+    """A ValueError unless it is a finite number that `merge` would take."""
     if not math.isfinite(weight):
         raise ValueError(f"the weight of {name!r} must be a finite number, got {weight}")
+    if abs(weight) > LARGEST_WEIGHT:
+        raise ValueError(f"the weight of {name!r} must be at most {LARGEST_WEIGHT:g} in size, got {weight}")
     return float(weight)

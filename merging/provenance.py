@@ -46,6 +46,11 @@ def _relative(path: str | Path | None, output: str | Path | None) -> str | None:
     return os.path.relpath(Path(path).resolve(), Path(output).resolve())
 
 
+def base_from(base: str | None, output: str | Path | None) -> str | None:
+    """The base model as its name on the Hub, or its folder as seen from the one that is written."""
+    return _relative(base, output) if base is not None and Path(base).is_dir() else base
+
+
 def seen_from(given: Sequence[Given] | None, output: str | Path | None) -> list[str] | None:
     if given is None or not all(isinstance(one, str | Path) for one in given):
         return None
@@ -58,4 +63,5 @@ def _relocated(report: Mapping[str, Any], output: str | Path | None) -> dict[str
     for source in sources:
         source["path"], source["initial"] = (_relative(source[key], output) for key in ("path", "initial"))
         source["merge"] = _relocated(source["merge"], output) if source["merge"] else None
-    return {**report, "sources": sources, "statistics": seen_from(report["statistics"], output)}
+    base = base_from(report["base_weights"], output)
+    return {**report, "sources": sources, "statistics": seen_from(report["statistics"], output), "base_weights": base}

@@ -214,7 +214,7 @@ def _member(
     for key in member:
         if key not in MEMBER:
             raise ValueError(f"an adapter of a recipe has {', '.join(MEMBER)}, got {key!r}{nearest(str(key), MEMBER)}")
-        _of_kind(key, member[key])
+        _of_kind("path" if key == "initial" else key, member[key])
     before = member.get("initial", initial.get(member["path"]))
     adapter = read_adapter(found(member["path"], beside), initial=before and found(str(before), beside))
     for key in ("sha256", "config_sha256"):

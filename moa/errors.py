@@ -6,10 +6,14 @@ import functools
 import itertools
 import os
 import re
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterable
 from typing import Any, NoReturn, ParamSpec, TypeVar
+
+from safetensors import SafetensorError
 
 NEGATIVE_NUMBER = re.compile(r"-(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$")
 P = ParamSpec("P")
@@ -34,6 +38,8 @@ def run(main: Callable[P, T]) -> Callable[P, T]:
                 warnings.formatwarning = usual
                 print(end="", flush=True)  # at exit, where Python would flush, nothing could catch the error
         except KeyboardInterrupt:
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C would kill threads that are finishing
             print("interrupted", file=sys.stderr)
             raise SystemExit(130) from None
         except BrokenPipeError:
@@ -41,6 +47,10 @@ def run(main: Callable[P, T]) -> Callable[P, T]:
             raise SystemExit(1) from None
         except (ValueError, OSError) as error:
             refuse(error)
+        except SafetensorError as error:
+            refuse(
+                OSError(f"a file could not be written or read ({error}): see that the disk has room, and run it again")
+            )
 
     return entry_point
 

@@ -13,6 +13,7 @@ import torch
 
 from moa.adapters import Extras, read_adapter, write_adapter
 from moa.errors import one_line
+from moa.low_rank import LowRank
 from moa.merging import RankRule, find_method, merge, merge_recipe, methods, read_recipe
 from moa.merging.cli import main
 
@@ -203,8 +204,6 @@ def test_adapters_of_different_revisions_of_a_base_are_refused(folders, edit_con
 
 
 def test_layers_of_different_sizes_are_refused_whatever_the_base_is_called(adapters, tmp_path):
-    from moa.low_rank import LowRank
-
     other = {m: LowRank(torch.randn(6, 2), torch.randn(2, 6)) for m in adapters[0].modules}
     write_adapter(tmp_path / "other", other, base_model="tiny/base", dtype=torch.float32)
     message = refusal([adapters[0], tmp_path / "other"], check_base=False)
@@ -315,3 +314,13 @@ def test_a_warning_is_one_line_on_a_command_line(folders, edit_config, tmp_path)
     done = subprocess.run(words, capture_output=True, text=True, check=True)
     lines = [line for line in done.stderr.splitlines() if "lost" in line]
     assert len(lines) == 1 and lines[0].startswith("warning: ") and "UserWarning" not in done.stderr
+
+
+def test_numbers_too_large_to_be_merged_are_refused_in_one_sentence(folders, tmp_path):
+    assert "weights must lie between -1e+15 and 1e+15" in refusal(folders, weights=[1e200] * len(folders))
+    huge = read_adapter(folders[0])
+    modules = {name: LowRank(update.B * 1e30, update.A * 1e30) for name, update in huge.modules.items()}
+    write_adapter(tmp_path / "huge", modules, base_model=huge.base_model, dtype=torch.float32)
+    for method in ("ties", "knots", "consensus", "della"):
+        said = refusal([tmp_path / "huge", folders[1]], method=method)
+        assert "so large that products of them leave the range of numbers, give smaller ones" in said

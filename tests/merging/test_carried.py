@@ -5,6 +5,7 @@ import json
 import re
 import warnings
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from moa.adapters import AdapterError, Extras, add_to_model, from_model, read_adapter
 from moa.base_weights import open_base
 from moa.low_rank import LowRank
-from moa.merging import find_method, merge
+from moa.merging import find_method, merge, merge_recipe, read_recipe
 from moa.merging.dora import row_norms
 
 SIZES = {"num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 40}
@@ -382,6 +383,9 @@ def test_an_adapter_that_took_part_of_the_base_is_merged_on_the_stock_base(init,
     assert_loads_as(expected, base, tmp_path / "out", torch.arange(10)[None])
     assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["init_lora_weights"] is True
     assert result.report.sources[0].initial_sha256 and result.report.sources[1].initial_sha256 is None
+    again = merge_recipe(read_recipe(tmp_path / "out"), beside=tmp_path / "out", base=base, output=tmp_path / "again")
+    weights = [(path / "adapter_model.safetensors").read_bytes() for path in (tmp_path / "out", again.path)]
+    assert weights[0] == weights[1]
     with pytest.raises(AdapterError, match=f"initialised by '{init}', which changes the base weights"):
         merge([tmp_path / "after", tmp_path / "other"])
 
@@ -505,7 +509,7 @@ def test_the_report_says_what_was_carried_and_against_which_base(base, folders, 
             "trainable tokens": ["model.embed_tokens"],
         }
     )
-    assert stored["base_weights"] == base.name_or_path
+    assert (tmp_path / "out" / stored["base_weights"]).resolve() == Path(base.name_or_path).resolve()
     assert any("trainable tokens (1)" in line for line in report._lines())
 
 

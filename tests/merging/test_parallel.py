@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 
@@ -93,7 +95,7 @@ def test_an_interrupt_waits_for_the_layers_at_work_and_starts_no_more():
         if name != NAMES[0]:
             if busy.wait() == 0:
                 os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(0.3)
+            time.sleep(1.5)  # until a busy machine has woken the thread that waits
 
     with pytest.raises(KeyboardInterrupt):
         list(in_turn(work, NAMES))
@@ -122,3 +124,27 @@ def test_a_pass_may_start_within_a_pass(adapters):
         return [module for module, _ in layers.mapped("within", lambda module, updates: module)]
 
     assert dict(layers.mapped("asking", lambda module, updates: layers.once(names))) == dict.fromkeys(NAMES, NAMES)
+
+
+def test_a_second_interrupt_waits_for_the_layers_that_are_being_merged():
+    script = """
+import os, signal, threading, time
+from moa.merging.parallel import undisturbed
+
+def interrupt():
+    time.sleep(0.2)
+    os.kill(os.getpid(), signal.SIGINT)
+
+threads = [threading.Thread(target=time.sleep, args=(1.0,)), threading.Thread(target=interrupt)]
+for thread in threads:
+    thread.start()
+start = time.monotonic()
+try:
+    with undisturbed():
+        threads[0].join()
+except KeyboardInterrupt:
+    print("interrupted after", time.monotonic() - start)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and done.stdout.startswith("interrupted after"), done.stderr
+    assert float(done.stdout.split()[-1]) > 0.7
