@@ -1,6 +1,5 @@
 """Several layers at the same time: merging one is many small operations, which more threads hardly make faster."""
 
-import signal
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -31,20 +30,6 @@ def using_threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-@contextmanager
-def undisturbed() -> Iterator[None]:
-    """Let a second Ctrl-C wait: Python 3.11 takes a thread whose join is interrupted for one that has ended, and
-    aborts when it is still running at exit."""
-    if not hasattr(signal, "pthread_sigmask"):  # Windows
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
 def in_turn(work: Callable[[str], T], layers: Sequence[str]) -> Iterator[T]:
     """`work(layer)` of each layer, in their order.
 
@@ -67,6 +52,5 @@ def in_turn(work: Callable[[str], T], layers: Sequence[str]) -> Iterator[T]:
             while ahead:
                 yield ahead.popleft().result()
         finally:
-            with undisturbed():
-                pool.shutdown(cancel_futures=True)
+            pool.shutdown(cancel_futures=True)
             torch.set_num_threads(threads)  # the default of threads to come, which the workers have set too

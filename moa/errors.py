@@ -6,9 +6,7 @@ import functools
 import itertools
 import os
 import re
-import signal
 import sys
-import threading
 import warnings
 from collections.abc import Callable, Iterable
 from typing import Any, NoReturn, ParamSpec, TypeVar
@@ -38,8 +36,6 @@ def run(main: Callable[P, T]) -> Callable[P, T]:
                 warnings.formatwarning = usual
                 print(end="", flush=True)  # at exit, where Python would flush, nothing could catch the error
         except KeyboardInterrupt:
-            if threading.current_thread() is threading.main_thread():
-                signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C would kill threads that are finishing
             print("interrupted", file=sys.stderr)
             raise SystemExit(130) from None
         except BrokenPipeError:

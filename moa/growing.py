@@ -19,6 +19,7 @@ from moa.base_model import load_tokenizer
 from moa.calibration import conformal_quantile, fit_conformal
 from moa.config import FALLBACK, Fallback, RouterConfig
 from moa.mixture import install
+from moa.peft_export import adapter_dtype
 from moa.router import SequenceRouter
 from moa.router_rows import check_growable, folds, with_expert, without_expert
 from moa.routing import check_mode
@@ -74,7 +75,8 @@ def add_expert(
         grown, fitted = with_expert(router, pooled, at_depths), _widened(router, fitted, pooled)
         own = torch.cat([one(rest).argmax(dim=-1) for one, rest in folds(router, pooled)]) == len(model.experts)
         after = {name: float(own.float().mean())} | _accuracies(grown, held_out, judged, (*model.experts, name))
-    model.load_adapter(adapter.path, name)
+    widened = adapter_dtype(model.get_base_model()) == torch.float32
+    model.load_adapter(adapter.path, name, autocast_adapter_dtype=widened)  # as those that are there
     model.expert_folders[name] = adapter.path
     if router is not None:
         router = grown

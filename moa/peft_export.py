@@ -142,7 +142,7 @@ def add_to_model(
         )
     base = model.get_base_model()
     _check_layers(base, modules, name)
-    dtype = _adapter_dtype(base)
+    dtype = adapter_dtype(base)
     # Adding an adapter makes PEFT set requires_grad of all adapters anew.
     trainable = {n: p.requires_grad for n, p in model.named_parameters()}
     # On the meta device nothing is initialised, so no random number is drawn and nothing is computed.
@@ -180,7 +180,8 @@ def _fill_wrappers(base: torch.nn.Module, name: str, extras: Extras) -> None:
         delta[name] = torch.nn.Parameter(rows.to(weight.device, weight.dtype, copy=True), requires_grad=False)
 
 
-def _adapter_dtype(base: torch.nn.Module) -> torch.dtype:
+def adapter_dtype(base: torch.nn.Module) -> torch.dtype:
+    """The dtype of the LoRA factors that a model holds; the widest, where they differ."""
     from peft.tuners.lora import LoraLayer
 
     layers = (layer for layer in base.modules() if isinstance(layer, LoraLayer))

@@ -2,8 +2,6 @@
 
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 
@@ -124,27 +122,3 @@ def test_a_pass_may_start_within_a_pass(adapters):
         return [module for module, _ in layers.mapped("within", lambda module, updates: module)]
 
     assert dict(layers.mapped("asking", lambda module, updates: layers.once(names))) == dict.fromkeys(NAMES, NAMES)
-
-
-def test_a_second_interrupt_waits_for_the_layers_that_are_being_merged():
-    script = """
-import os, signal, threading, time
-from moa.merging.parallel import undisturbed
-
-def interrupt():
-    time.sleep(0.2)
-    os.kill(os.getpid(), signal.SIGINT)
-
-threads = [threading.Thread(target=time.sleep, args=(1.0,)), threading.Thread(target=interrupt)]
-for thread in threads:
-    thread.start()
-start = time.monotonic()
-try:
-    with undisturbed():
-        threads[0].join()
-except KeyboardInterrupt:
-    print("interrupted after", time.monotonic() - start)
-"""
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0 and done.stdout.startswith("interrupted after"), done.stderr
-    assert float(done.stdout.split()[-1]) > 0.7

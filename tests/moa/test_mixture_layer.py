@@ -498,6 +498,9 @@ def test_adapters_keep_the_bases_dtype_where_peft_is_told_not_to_widen_them(
             alone = PeftModel.from_pretrained(base(), adapters[name], autocast_adapter_dtype=autocast).eval()
             expected = logits(alone, PROMPT[row : row + 1]).float()
             assert (mixed[row : row + 1] - expected).norm() < 3e-2 * expected.norm()
+    model.add_expert("birds", adapters["cats"])
+    model.merge_adapters("svd", into="merged")
+    assert {p.dtype for name, p in model.named_parameters() if ".lora_" in name} == {kept}
 
 
 def test_layers_of_equal_ranks_and_other_experts_have_gates_of_their_own(build, make_adapter, tmp_path, alone):
