@@ -114,32 +114,18 @@ def own_low_rank(
         strength = strength * blocks.here[choice.expert]
     rows = x.reshape(len(strength), -1, x.shape[-1])
     # the grouped product cannot be compiled but in bf16
-    grouped = blocks.few(rows.shape[1]) and blocks.can_group and not torch.compiler.is_compiling()
-    return (_grouped if grouped else _gathered)(onto, rows, blocks, choice, strength[:, None, None])
-
-
-def _gathered(
-    onto: Float[Tensor, "batch *tokens o"],
-    rows: Float[Tensor, "rows tokens_of_row n"],
-    blocks: Blocks,
-    choice: Choice,
-    strength: Float[Tensor, "rows 1 1"],
-) -> Float[Tensor, "batch *tokens o"]:
+    if blocks.few(rows.shape[1]) and blocks.can_group and not torch.compiler.is_compiling():
+        return onto + (_grouped(rows, blocks, choice) * strength[:, None, None]).view(onto.shape)
     own = blocks.of_column[choice.expert]
-    read = rows @ blocks.A[own].mT * strength
+    read = rows @ blocks.A[own].mT * strength[:, None, None]
     return plus_product(onto.reshape(*read.shape[:2], -1), read, blocks.B[own]).view(onto.shape)
 
 
-def _grouped(
-    onto: Float[Tensor, "batch *tokens o"],
-    rows: Float[Tensor, "rows tokens_of_row n"],
-    blocks: Blocks,
-    choice: Choice,
-    strength: Float[Tensor, "rows 1 1"],
-) -> Float[Tensor, "batch *tokens o"]:
+def _grouped(rows: Float[Tensor, "rows tokens n"], blocks: Blocks, choice: Choice) -> Float[Tensor, "rows tokens o"]:
+    """Each row through its expert's factors, the rows of one expert at a time."""
     tokens = rows.shape[1]
     ends = choice.ends[blocks.last_column] * tokens
     ordered = rows[choice.order].flatten(0, 1)
     read = F.grouped_mm(ordered, blocks.A.mT, offs=ends)
     written = F.grouped_mm(read, blocks.B, offs=ends).unflatten(0, (-1, tokens))
-    return onto + (written[choice.back] * strength).view(onto.shape)
+    return written[choice.back]

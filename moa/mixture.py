@@ -80,10 +80,10 @@ class GatedLayer(nn.Module):
         The base model's own output, which DoRA rescales, is that of x as it was.
         """
         names = self.route.names(weights.shape[-1])
-        chances = [getattr(self.lora_dropout[name], "p", 0.0) if name in self.lora_A else 0.0 for name in names]
+        chances = tuple(getattr(self.lora_dropout[name], "p", 0.0) if name in self.lora_A else 0.0 for name in names)
         if not any(chances):
             return x
-        chance = (weights.detach() * weights.new_tensor(chances)).sum(dim=-1, keepdim=True)
+        chance = (weights.detach() * constant(chances, weights.device, weights.dtype)).sum(dim=-1, keepdim=True)
         return x * (torch.rand_like(x) >= chance) / (1 - chance)
 
     def current_stack(self, columns: int) -> Stack | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from operator import is_not
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -18,7 +17,7 @@ if TYPE_CHECKING:
     from moa.stack import Stack
 
 RECOMPUTED = ("weights", "token_rows", "broadcast", "crossed")
-RUNS = ("_weights", "_choices", "_layer_router", "token_rows", "broadcast", "crossed", "off")
+RUNS = ("_weights", "_choices", "_gates", "_layer_router", "token_rows", "broadcast", "crossed", "off")
 """All that decides what a layer computes."""
 
 
@@ -57,7 +56,7 @@ class RouteState:
         self.layers: tuple[str, ...] = ()
         self._weights: Tensor | None = None
         self._choices: tuple[Choice, ...] | None = None
-        self._gates: tuple[tuple[Tensor, Tensor | None], dict[tuple, Tensor]] | None = None
+        self._gates: dict[tuple, Tensor] = {}
         self._layer_router: LayerRouter | None = None
         self.token_rows: Int[Tensor, "1 tokens"] | None = None
         self.off = self.pinned = self.crossed = False
@@ -74,7 +73,7 @@ class RouteState:
         if weights is not None:
             self._check_shape(weights)
             self._check_values(weights)
-        self._weights = weights
+        self._weights, self._gates = weights, {}
         self._choices = choices(weights)
 
     @property
@@ -154,24 +153,20 @@ class RouteState:
     ) -> Float[Tensor, "rows *tokens R"]:
         """A layer's weights, each repeated over the ranks of its adapter.
 
-        Computed once a route for all layers that are alike: on a GPU, two kernels less for each of them.
+        Computed once a route for all layers that are alike: on a GPU, two kernels less for each of them. Weights that
+        differ between the tokens of a row are as large as what a layer reads, and not kept.
         """
-        set_weights = self._weights
-        if set_weights is None or set_weights.requires_grad or torch.compiler.is_compiling():
+        found = self._weights
+        of_tokens = found is None or found.dim() > 3 or self.token_rows is not None
+        if of_tokens or found.requires_grad or torch.compiler.is_compiling():
             return stack.gate(weights)
-        by_layer = set_weights.dim() > 2 and set_weights.shape[1] > 1
-        if by_layer and set_weights.dim() == 4:  # as large as what a layer reads, and of use to nobody else
-            return stack.gate(weights)
-        made_from = set_weights, self.token_rows
-        if self._gates is None or any(is_not(*pair) for pair in zip(self._gates[0], made_from, strict=True)):
-            self._gates = made_from, {}
-        version = None if set_weights.is_inference() else set_weights._version  # they may be changed in place
-        layer = (place if by_layer else None, stack.ranks, stack.members, stack.A.dtype, stack.A.device)
-        alike, gates = (version, weights.dim(), *layer), self._gates[1]
-        if alike not in gates:
+        version = None if found.is_inference() else found._version  # they may be changed in place
+        layer = place if found.dim() > 2 else None
+        alike = version, layer, weights.dim(), stack.ranks, stack.members, stack.A.dtype, stack.A.device
+        if alike not in self._gates:
             with torch.inference_mode(False):  # a later forward may want gradients through it
-                gates[alike] = stack.gate(weights)
-        return gates[alike]
+                self._gates[alike] = stack.gate(weights)
+        return self._gates[alike]
 
     def choice_at(self, place: int) -> Choice | None:
         """The one expert of each row at a layer; None where rows mix experts, or tokens of one row differ."""

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
+from safetensors import SafetensorError
 
 from moa.arguments import parse, run
 
@@ -246,6 +247,11 @@ def test_the_training_arguments_of_trl_go_through(config, tmp_path):
         (ValueError("the rank must be positive,\n got 0"), "error: the rank must be positive, got 0\n"),
         (FileNotFoundError("no adapter at x: give a folder"), "error: no adapter at x: give a folder\n"),
         (FileNotFoundError(2, "No such file or directory", "x"), "error: x: No such file or directory\n"),
+        (
+            SafetensorError("No space left on device"),
+            "error: a file could not be written or read (No space left on device): "
+            "see that the disk has room, and run it again\n",
+        ),
     ],
 )
 def test_run_turns_an_error_of_the_user_into_one_line_and_status_2(capsys, error, sentence):

@@ -193,3 +193,9 @@ def test_a_mask_of_another_shape_is_refused_before_anything_runs(model, in_fligh
     for run in (model, model.generate):
         with pytest.raises(ValueError, match=r"prompts of shape \[3, 6\] are routed by an attention_mask of that"):
             run(input_ids=PROMPT, attention_mask=torch.ones(3, 7, dtype=torch.long))
+
+
+def test_an_expert_outside_the_layers_needs_a_pass_before(base_model, late, make_adapter, tmp_path):
+    outside = make_adapter(tmp_path / "head", target_modules=["lm_head"])
+    model = routed(MoaModel.from_adapters(base_model, {**late, "head": outside}, router_layer=2))
+    assert not model.routes_in_flight

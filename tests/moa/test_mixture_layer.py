@@ -67,7 +67,7 @@ def few_ranks(monkeypatch):
 def own_ranks(few_ranks, monkeypatch):
     """The ways in which rows have read their own expert's factors."""
     taken = []
-    for way in ("_gathered", "_grouped"):
+    for way in ("plus_product", "_grouped"):
         compute = getattr(moa.blocks, way)
         monkeypatch.setattr(
             moa.blocks, way, lambda *given, way=way, compute=compute: taken.append(way) or compute(*given)
@@ -89,7 +89,7 @@ def close(got, expected, tolerance=1e-4):
     torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize(("tokens", "way"), [(18, "_gathered"), (1, "_grouped")])
+@pytest.mark.parametrize(("tokens", "way"), [(18, "plus_product"), (1, "_grouped")])
 def test_rows_that_read_their_own_factors_get_what_their_adapter_alone_gives(
     build, many, own_ranks, alone, tokens, way
 ):
@@ -125,12 +125,12 @@ def test_hard_weights_of_each_layer_equal_the_product_over_all_factors(build, ma
         model = build(many)
         with model.route_state.gated(torch.eye(3)[chosen]):
             results.append([logits(model, PROMPT[:, :1]), logits(model, PROMPT.repeat(1, 3))])
-    assert set(own_ranks) == {"_grouped", "_gathered"}
+    assert set(own_ranks) == {"_grouped", "plus_product"}
     for own, whole in zip(*results, strict=True):
         close(own, whole)
 
 
-@pytest.mark.parametrize(("enough", "ways"), [(9, {"_gathered"}), (4, {"_gathered", "_grouped"}), (18, set())])
+@pytest.mark.parametrize(("enough", "ways"), [(9, {"plus_product"}), (4, {"plus_product", "_grouped"}), (18, set())])
 def test_single_tokens_read_their_own_factors_from_twice_the_total_rank_on(
     build, many, own_ranks, monkeypatch, enough, ways
 ):
@@ -300,7 +300,7 @@ def test_dora_over_a_base_with_biases_equals_peft(base, tmp_path):
     base = Qwen2ForCausalLM(config)
     torch.nn.init.normal_(base.model.layers[0].self_attn.q_proj.bias)
     expected = {}
-    for name, options in {"a": {"use_dora": True}, "b": {"use_dora": True, "r": 3}}.items():
+    for name, options in {"a": {"use_dora": True}, "b": {"use_dora": True, "r": 3, "lora_alpha": 12}}.items():
         trained = get_peft_model(deepcopy(base), LoraConfig(task_type="CAUSAL_LM", **{"r": 2, **options}))
         for key, parameter in trained.named_parameters():
             if ".lora_" in key:
@@ -570,3 +570,33 @@ def test_constants_made_inside_a_transform_do_not_outlive_it():
     torch.vmap(lambda x: x + constant(*asked)[0])(torch.zeros(2))
     assert type(constant(*asked)) is torch.Tensor and constant(*asked).tolist() == [4, 2, 4, 1]
     assert constant(*asked) is constant(*asked)
+
+
+def test_gates_are_kept_for_one_route_and_go_with_it(build, adapters):
+    model = build(adapters)
+    state = model.route_state
+    with model.pinned(NAMES):
+        logits(model)
+        kept = dict(state._gates)
+        logits(model)
+        assert kept and all(state._gates[alike] is gate for alike, gate in kept.items())
+    with model.pinned(NAMES[::-1]):
+        assert not state._gates
+
+
+def test_what_changes_in_place_in_an_adapter_is_seen(build, make_adapter, tmp_path):
+    options = {"lora_bias": True}, {"use_dora": True}
+    adapters = {n: make_adapter(tmp_path / n, seed=1, **o) for n, o in zip(("biased", "dora"), options, strict=True)}
+    model = build(adapters)
+    layer = model.get_base_model().model.layers[3].self_attn.v_proj
+    changed = layer.lora_B["biased"].bias, layer.lora_magnitude_vector["dora"].weight, layer.base_layer.weight
+    with model.pinned(["biased", "dora", "dora"]):
+        before = logits(model)
+        for parameter in changed:
+            with torch.no_grad():
+                parameter.mul_(1.5)
+            after = logits(model)
+            assert not torch.allclose(after, before)
+            before = after
+    with model.using("dora"):
+        close(before[1:2], logits(model, PROMPT[1:2]))

@@ -215,3 +215,15 @@ def test_a_cache_whose_route_is_the_one_that_runs_is_not_asked_for_its_length():
     state.weights = torch.tensor([[1.0, 0.0]])
     remember(cache, state)
     check_route(cache, state)
+
+
+@pytest.mark.parametrize("kind", [DynamicCache, StaticCache])
+def test_a_cache_that_was_emptied_takes_any_route(model, kind):
+    cache = DynamicCache() if kind is DynamicCache else StaticCache(config=model.config, max_cache_len=24)
+    with torch.no_grad():
+        with model.pinned(["cats", "dogs", "cats"]):
+            model(input_ids=PROMPT, past_key_values=cache)
+        cache.reset()
+        with model.pinned(["dogs", "dogs", "cats"]):
+            again = model(input_ids=PROMPT, past_key_values=cache).logits
+            torch.testing.assert_close(again, model(input_ids=PROMPT, use_cache=False).logits, rtol=1e-4, atol=1e-5)
