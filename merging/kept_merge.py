@@ -15,7 +15,7 @@ from moa.merging.kept_statistics import read_by
 from moa.merging.layers import Progress
 from moa.merging.ranks import RankRule
 from moa.merging.registry import find_method
-from moa.merging.state_files import MANIFEST, check_ours
+from moa.merging.state_files import MANIFEST, check_ours, held
 
 
 def merge_kept(
@@ -57,32 +57,47 @@ def merge_kept(
     new = later = None
     if statistics is not None:
         new, later = statistics[: len(adapters)], statistics[len(adapters) :]
-    if (folder / MANIFEST).is_file():
-        if adapters or weights is not None or state_rank is not None:
-            raise ValueError(f"{folder} holds a merge already: change it by --add, --remove and --reweight")
-        kept = MergeState.load(folder)
-        kept.check_base = kept.check_base and check_base
-    elif adapters:
-        own = _kind_for(state_rank, merging, new)
-        kept = MergeState.create(adapters, weights, **own, check_base=check_base, progress=progress)
-    else:
-        raise ValueError(f"{folder} holds no merge yet: name the adapters to keep there")
-    if isinstance(kept, StatisticsState):
-        known = _one_each(later, add)
-    else:
-        known, merging["statistics"] = [None] * len(add), statistics
+    with held(folder):
+        if (folder / MANIFEST).is_file():
+            if adapters or weights is not None or state_rank is not None:
+                raise ValueError(f"{folder} holds a merge already: change it by --add, --remove and --reweight")
+            kept = MergeState.load(folder)
+            kept.check_base = kept.check_base and check_base
+        elif adapters:
+            own = _kind_for(state_rank, merging, new)
+            kept = MergeState.create(adapters, weights, **own, check_base=check_base, progress=progress)
+        else:
+            raise ValueError(f"{folder} holds no merge yet: name the adapters to keep there")
+        if isinstance(kept, StatisticsState):
+            known = _one_each(later, add)
+        else:
+            known, merging["statistics"] = [None] * len(add), statistics
+        _change(kept, list(zip(add, known, strict=True)), remove, reweight, progress)
+        if not isinstance(kept, StatisticsState):
+            merging = _as_last_time(kept, merging)
+        result = kept.merged(output=output, progress=progress, **merging)
+        kept.save(folder)
+        return result
+
+
+def _change(
+    kept: MergeState,
+    add: Sequence[tuple[str, str | None]],
+    remove: Sequence[str],
+    reweight: Sequence[tuple[str, float]],
+    progress: Progress,
+) -> None:
+    """Take members out, give others their weights, and take in folders with their statistics."""
+    named = [name for name, _ in reweight]
+    if twice := [name for name in named if named.count(name) > 1]:
+        raise ValueError(f"--reweight gives {twice[0]!r} {named.count(twice[0])} weights: give it one")
     for name in remove:
         kept.remove(name)
     for name, weight in reweight:
         kept.reweight(name, weight)
-    for member, of in zip(add, known, strict=True):
+    for member, statistics in add:
         path, weight = _weighted(member)
-        kept.add(path, weight, statistics=of, progress=progress)
-    if not isinstance(kept, StatisticsState):
-        merging = _as_last_time(kept, merging)
-    result = kept.merged(output=output, progress=progress, **merging)
-    kept.save(folder)
-    return result
+        kept.add(path, weight, statistics=statistics, progress=progress)
 
 
 def _as_last_time(kept: MergeState, merging: dict[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -48,9 +48,18 @@ def in_turn(work: Callable[[str], T], layers: Sequence[str]) -> Iterator[T]:
             for layer in layers[1:]:
                 ahead.append(pool.submit(work, layer))
                 if len(ahead) > workers:
-                    yield ahead.popleft().result()
+                    yield _first(ahead)
             while ahead:
-                yield ahead.popleft().result()
+                yield _first(ahead)
         finally:
-            pool.shutdown(cancel_futures=True)
+            pool.shutdown(wait=False, cancel_futures=True)
+            # not for the threads: a second Ctrl-C makes Python 3.11 believe that they have ended, and abort at exit
+            wait([future for future in ahead if not future.cancelled()])
             torch.set_num_threads(threads)  # the default of threads to come, which the workers have set too
+
+
+def _first(ahead: deque[Future[T]]) -> T:
+    """The result of the first, which stays among them until it is there."""
+    result = ahead[0].result()
+    ahead.popleft()
+    return result

@@ -3,24 +3,46 @@
     merge_state.json                  format, kind, members with weights and hashes, name and hash of the other files
     state-<hash>.safetensors          bases and coordinates, float64
     statistics-<hash>.safetensors     of each member, where the state keeps them
+    merge_state.lock                  empty, locked by who changes the state
 
 A new version is complete when its JSON file has replaced the old one; a crash before leaves the old version whole.
 """
 
 import json
+import logging
+import shutil
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from torch import Tensor
 
 from moa.adapters import file_sha256
 from moa.merging.kept_statistics import KeptStatistics
 
 FORMAT = 1
-MANIFEST = "merge_state.json"
+MANIFEST, LOCK = "merge_state.json", "merge_state.lock"
+logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def held(directory: Path) -> Iterator[None]:
+    """Let nobody else change the state of this folder, if there is one; waits for one who does."""
+    if not (directory / MANIFEST).is_file():
+        yield
+        return
+    lock = FileLock(directory / LOCK)
+    try:
+        got = lock.acquire(blocking=False)
+    except Timeout:
+        logger.info("waiting for another merge, which changes %s", directory)
+        got = lock.acquire()
+    with got:
+        yield
 
 
 def write_state(
@@ -40,6 +62,7 @@ def write_state(
     from safetensors.torch import save_file
 
     check_ours(directory)
+    new = not directory.exists()
     directory.mkdir(parents=True, exist_ok=True)
     kept = {name: known.stored_in(directory) for name, known in statistics.items()}
     partial = directory / f"{uuid.uuid4().hex[:8]}.partial"
@@ -51,7 +74,12 @@ def write_state(
         stored = {"format": FORMAT, **facts, "tensors": {"file": file.name, "sha256": sha256}}
         stored["statistics"] = {name: known.to_json() for name, known in kept.items()}
         partial.write_text(json.dumps(stored, indent=1, default=asdict) + "\n")
+        (directory / LOCK).touch()
         partial.replace(directory / MANIFEST)
+    except BaseException:
+        if new:
+            shutil.rmtree(directory, ignore_errors=True)
+        raise
     finally:
         partial.unlink(missing_ok=True)
     for earlier in filter(_is_ours, directory.iterdir()):

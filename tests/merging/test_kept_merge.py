@@ -1,10 +1,13 @@
 """`moa merge --state`: whatever came, went or was re-weighted is as a fresh merge; a refusal changes nothing."""
 
 import json
+import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from moa.adapters import read_adapter, write_adapter
 from moa.merging import RankRule, merge
@@ -161,6 +164,7 @@ def test_adapters_of_other_bases_are_let_in_once_that_was_said(command, folders,
         (["--reweight", "d=1"], "the state has no member 'd'"),
         (["--reweight", "a=inf"], "the weight of 'a' must be a finite number"),
         (["--reweight", "a=0", "b=0"], "all weights are zero"),
+        (["--reweight", "a=1", "b=2", "a=3"], "--reweight gives 'a' 2 weights"),
         (["--config", "recipe.yaml"], "a merge is kept from adapters, not from a recipe"),
         (["--remove", "a", "--method", "tie"], "there is no merge method 'tie'"),
         (["--method", "ties", "--normalise", "perhaps"], "normalise of ties must be one of mean, sum"),
@@ -254,3 +258,29 @@ def test_what_is_remembered_can_be_stored_also_when_it_was_asked_for_from_python
     for how in ({"adapters": folders, "method": "weighted_sum", "dtype": torch.float64}, {"remove": ["c"]}):
         result = merge_kept(tmp_path / "kept", progress=no_progress, **how)
     assert result.report.method == "weighted_sum" and result.report.dtype == "float64"
+
+
+def test_a_new_state_that_cannot_be_written_leaves_nothing(command, folders, tmp_path, monkeypatch, refusal):
+    def full(*_):
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    said = refusal(main, [*map(str, folders[:2]), "--state", str(tmp_path / "kept")])
+    assert "No space left on device" in said and not (tmp_path / "kept").exists()
+
+
+def test_a_state_that_cannot_be_written_anew_stays(command, folders, kept, monkeypatch, refusal):
+    def full(*_):
+        raise SafetensorError("No space left on device")
+
+    before = everything_in(kept)
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    refusal(main, ["--state", str(kept), "--add", f"{folders[2]}=0.5"])
+    assert everything_in(kept) == before
+
+
+def test_changes_at_the_same_time_come_one_after_the_other(folders, kept, tmp_path):
+    more = [Path(shutil.copytree(folders[2], tmp_path / f"more{number}")) for number in range(4)]
+    with ThreadPoolExecutor(len(more)) as pool:
+        list(pool.map(lambda folder: merge_kept(kept, add=[f"{folder}=0.5"], progress=no_progress), more))
+    assert set(MergeState.load(kept).members) == {"a", "b", *(folder.name for folder in more)}

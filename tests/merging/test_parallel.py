@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 
@@ -85,7 +87,15 @@ def test_a_pass_that_is_left_early_starts_no_more_layers():
     assert NAMES[-1] not in started
 
 
-def test_an_interrupt_waits_for_the_layers_at_work_and_starts_no_more():
+@pytest.fixture
+def interruptible():
+    """Ctrl-C also where a shell has started the tests in the background, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_an_interrupt_waits_for_the_layers_at_work_and_starts_no_more(interruptible):
     started, busy = [], threading.Barrier(3, timeout=20)
 
     def work(name):
@@ -93,7 +103,7 @@ def test_an_interrupt_waits_for_the_layers_at_work_and_starts_no_more():
         if name != NAMES[0]:
             if busy.wait() == 0:
                 os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(1.5)  # until a busy machine has woken the thread that waits
+            time.sleep(0.3)
 
     with pytest.raises(KeyboardInterrupt):
         list(in_turn(work, NAMES))
@@ -122,3 +132,32 @@ def test_a_pass_may_start_within_a_pass(adapters):
         return [module for module, _ in layers.mapped("within", lambda module, updates: module)]
 
     assert dict(layers.mapped("asking", lambda module, updates: layers.once(names))) == dict.fromkeys(NAMES, NAMES)
+
+
+def test_a_second_interrupt_leaves_no_layer_at_work():
+    script = """
+import os, signal, threading, time
+import torch
+from moa.merging.parallel import in_turn
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+torch.set_num_threads(3)
+started, ended = [], []
+
+def work(name):
+    started.append(name)
+    if name == 3:
+        for _ in range(2):
+            time.sleep(0.2)
+            os.kill(os.getpid(), signal.SIGINT)
+    if name:
+        time.sleep(0.6)
+    ended.append(name)
+
+try:
+    list(in_turn(work, range(9)))
+except KeyboardInterrupt:
+    print(started == [0, 1, 2, 3] and sorted(ended) == started)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "True\n"), done.stderr
