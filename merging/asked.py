@@ -28,6 +28,7 @@ class Asked:
     Raises:
         ValueError: a name, an output folder, a scale or a dtype that cannot be; statistics or an objective that
             nothing looks at, or no objective where the method needs one.
+        TypeError: a seed that is no whole number.
     """
 
     method: MergeMethod
@@ -53,6 +54,8 @@ class Asked:
             check_output(self.output)
         if not math.isfinite(self.scale) or self.scale == 0:
             raise ValueError(f"scale must be a finite number other than 0, got {self.scale}")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+            raise TypeError(f"seed must be a whole number, got {self.seed!r}")
         if self.dtype is not None:
             object.__setattr__(self, "dtype", checked_dtype(self.dtype))
         self._check_brought("statistics", self.reads_statistics)

@@ -100,6 +100,8 @@ LARGEST_WEIGHT = 1e15
 def checked_weights(weights: Sequence[float] | None, count: int) -> list[float]:
     if weights is None:
         return [1 / count] * count
+    if isinstance(weights, str):
+        raise TypeError(f"weights must be a list of numbers, got the text {weights!r}")
     weights = [float(w) for w in weights]
     if len(weights) != count:
         raise ValueError(f"weights must be one for each adapter: got {len(weights)} for {count} adapters")

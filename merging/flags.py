@@ -93,7 +93,13 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     )
     add("--no-check-base", dest="check_base", action="store_false", help="merge across base models")
     add("--base", help="base model's name or folder, for adapters that need its weights (DoRA, modules_to_save, bias)")
-    add("--initial", nargs="+", type=_pair, metavar="NAME=FOLDER", help="PiSSA or OLoRA adapter before its training")
+    add_initial(parser)
+
+
+def add_initial(parser: argparse.ArgumentParser) -> None:
+    """The flag for adapters whose initialisation changed the base model, as pairs of a name and a folder."""
+    text = "PiSSA or OLoRA adapter before its training"
+    parser.add_argument("--initial", nargs="+", type=_pair, metavar="NAME=FOLDER", help=text)
 
 
 def _add_data(parser: argparse.ArgumentParser, needs: set[str]) -> None:

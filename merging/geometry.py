@@ -5,7 +5,7 @@ and which of them belong together. It says what merging does to the updates, not
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import combinations
 from pathlib import Path
@@ -98,6 +98,7 @@ def geometry(
     weights: Sequence[float | int] | None = None,
     *,
     check_base: bool = True,
+    initial: Mapping[str, str | Path] | None = None,
     seed: int = 0,
     progress: Callable[..., Iterable[str]] = no_progress,
 ) -> Geometry:
@@ -110,6 +111,7 @@ def geometry(
         adapters: two or more folders, Hub repositories, or adapters in memory.
         weights: one for each adapter, by default 1/N each. They enter only what is said of the sum.
         check_base: refuse adapters of different base models.
+        initial: folders of PiSSA and OLoRA adapters before their training, as for `moa.merging.merge`.
         seed: for the rows and columns of large layers whose signs are compared.
         progress: shows the pass over the layers, as `tqdm.tqdm` and `rich.progress.track` do.
 
@@ -118,7 +120,7 @@ def geometry(
         AdapterError: an adapter that cannot be read, or adapters that do not belong together.
         FileNotFoundError: no such folder.
     """
-    sources = read_all(adapters, plain=False)
+    sources = read_all(adapters, initial, plain=False)
     if len(sources) < 2:
         raise ValueError("geometry compares adapters and needs at least two, got 1: name another one")
     w = torch.tensor(checked_weights(weights, len(sources)), dtype=torch.float64)

@@ -17,6 +17,7 @@ from rich.progress import track
 from rich.table import Table
 
 from moa.errors import OneLineParser, run
+from moa.merging.flags import add_initial
 from moa.merging.geometry import SAMPLED, Geometry, geometry
 
 SHOWN_PAIRS = 28
@@ -51,6 +52,7 @@ def main(argv: list[str] | None = None) -> None:
         asked.adapters,
         asked.weights,
         check_base=asked.check_base,
+        initial=dict(asked.initial or ()),
         seed=asked.seed,
         progress=lambda names, description: track(names, description, console=errors, transient=True),
     )
@@ -76,6 +78,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     add("--output", help="folder to create, with geometry.json and geometry.png")
     add("--json", action="store_true", help="print everything as JSON, the layers too")
     add("--seed", type=int, default=0, help="for the entries whose signs are compared (default: %(default)s)")
+    add_initial(parser)
     add("--no-check-base", dest="check_base", action="store_false", help="compare across base models")
     return parser.parse_args(argv)
 

@@ -170,7 +170,9 @@ def check_fits(adapter: Adapter, members: Sequence[Adapter], *, check_base: bool
         AdapterError: it holds more than updates, or is of another base model.
     """
     if adapter.name in (member.name for member in members):
-        raise ValueError(f"the state has a member {adapter.name!r} already: remove it first, or give another name")
+        raise ValueError(
+            f"the state has a member {adapter.name!r} already: remove it first, or rename the folder of the new one"
+        )
     if adapter.extras:
         raise AdapterError(
             f"adapter {adapter.name!r} holds {' and '.join(adapter.extras.names)} beside its updates, "

@@ -139,7 +139,7 @@ class MergeMethod:
         for name in options:
             if name not in self.options:
                 takes = f"it takes {', '.join(self.options)}" if self.options else "it takes none"
-                hint = nearest(name, self.options)
+                hint = nearest(name, self.options) or _others_take(name)
                 raise ValueError(f"{self.name} has no option {name!r}: {takes}{hint}")
         given = {n: _checked(self.name, n, v, self.options[n].annotation) for n, v in options.items()}
         options = {name: given.get(name, p.default) for name, p in self.options.items()}
@@ -151,6 +151,12 @@ class MergeMethod:
 
 _METHODS: dict[str, MergeMethod] = {}
 _ALIASES: dict[str, str] = {}
+
+
+def _others_take(option: str) -> str:
+    """The end of a sentence: which methods have the option."""
+    others = [method.name for method in _METHODS.values() if option in method.options]
+    return f"; it is an option of {', '.join(others)}" if others else ""
 
 
 def merge_method(

@@ -33,7 +33,9 @@ def refusal(adapters, **options):
     ("options", "message"),
     [
         ({"method": "tie"}, "there is no merge method 'tie': the methods are adamerging, .* did you mean 'ties'?"),
-        ({"method": "svd", "density": 0.2}, "svd has no option 'density': it takes none"),
+        ({"method": "svd", "density": 0.2}, "svd has no option 'density': it takes none; it is an option of .*ties"),
+        ({"seed": None}, "seed must be a whole number, got None"),
+        ({"weights": "12"}, "weights must be a list of numbers, got the text '12'"),
         ({"method": "ties", "densty": 0.2}, "ties has no option 'densty': it takes .* did you mean 'density'"),
         ({"method": "ties", "election": "x"}, "election of ties must be one of total, frequency, got 'x'"),
         ({"method": "ties", "density": "a"}, "density of ties must be a number, got 'a'"),

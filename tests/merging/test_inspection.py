@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -32,6 +33,18 @@ def test_the_console_shows_adapters_pairs_and_a_suggestion(folders, capsys):
 def test_json_is_what_the_function_returns_and_nothing_else(folders, capsys):
     main([*map(str, folders), "--weights", "1", "0.5", "1", "--json"])
     assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(geometry(folders, [1, 0.5, 1]).to_dict()))
+
+
+def test_an_adapter_that_took_part_of_the_base_is_compared_by_what_its_training_changed(
+    folders, edit_config, edit_weights, tmp_path, capsys
+):
+    norm = float(geometry(folders).whole.norms[0])
+    before = tmp_path / "before"
+    shutil.copytree(folders[0], before)
+    edit_weights(before, lambda tensors: {k: t * 0.25 if "lora_B" in k else t for k, t in tensors.items()})
+    edit_config(folders[0], init_lora_weights="pissa")
+    main([*map(str, folders), "--initial", f"a={before}", "--json"])
+    assert json.loads(capsys.readouterr().out)["whole"]["norms"][0] == pytest.approx(0.75 * norm)
 
 
 def test_output_is_a_folder_with_the_numbers_and_a_picture(folders, tmp_path, capsys):
