@@ -14,7 +14,7 @@ from moa.merging.spectral import merged_in_principal_bases, of_nonzero, weighted
 
 MAX_SWEEPS = 500
 """Sweeps over the two bases: a dozen where some directions are stronger than others, some fifty where none are."""
-SETTLED = 1e-8
+SETTLED = 1e-7
 """Share of the energy by which a last sweep without momentum may still have improved the bases."""
 
 

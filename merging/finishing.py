@@ -1,6 +1,5 @@
 """From what a method made of a layer to what is stored: norm, scale, DoRA, rounding, and what they cost."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
@@ -8,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from moa.low_rank import LowRank, inner
+from moa.low_rank import LowRank, stack
 from moa.merging.dora import DoraMerge
 from moa.merging.ranks import padded
 from moa.merging.registry import Merged
@@ -90,6 +89,6 @@ def _reported(
 
 def _rounding(exact: LowRank, stored: LowRank) -> float:
     """||stored - exact|| / ||exact||, from the differences of the factors: B A - B' A' = (B - B') A + B' (A - A')."""
-    first, second = LowRank(exact.B - stored.B, exact.A), LowRank(stored.B, exact.A - stored.A)
-    error, size = inner(first, first) + 2 * inner(first, second) + inner(second, second), exact.norm()
-    return math.sqrt(max(error, 0.0)) / size if size else 0.0  # what cancels may leave factors whose product is 0
+    error = stack([LowRank(exact.B - stored.B, exact.A), LowRank(stored.B, exact.A - stored.A)])
+    size = exact.norm()
+    return error.norm() / size if size else 0.0  # what cancels may leave factors whose product is 0

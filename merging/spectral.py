@@ -139,7 +139,7 @@ def knots(
     """
     left = span(torch.cat([update.B for update in updates], dim=1))
     writes = left.coordinates.split([update.rank for update in updates], dim=1)
-    reads = [span(update.A.T).coordinates for update in updates]
+    reads = [torch.linalg.qr(update.A.T, mode="r").R for update in updates]
     U = nonzero_svd(torch.cat([w * b @ a.T for w, b, a in zip(weights, writes, reads, strict=True)], dim=1)).U
     tasks = [LowRank(U.T @ b, update.A) for b, update in zip(writes, updates, strict=True)]
     right = span(merged_entries(tasks, weights, rule, density, seeds).T)

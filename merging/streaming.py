@@ -42,7 +42,7 @@ class DenseRows:
         self.factors = {
             i: update.scaled(w).to(torch.float32)
             for i, (update, w) in enumerate(zip(updates, weights.tolist(), strict=True))
-            if update.rank > 0 and update.norm() > 0
+            if update.B.any() and update.A.any()
         }
 
     def __iter__(self) -> Iterator[int]:

@@ -82,6 +82,8 @@ class LowRank:
 
         An even split keeps both factors within the range of a half-precision dtype.
         """
+        if factor == 1:
+            return self
         root = math.sqrt(abs(factor))
         return LowRank(self.B * math.copysign(root, factor), self.A * root)
 
