@@ -94,7 +94,7 @@ def dense_ctm(deltas: Tensor, rank: int) -> Tensor:
         else:
             break
         moved = V - last @ (last.T @ V)
-        ahead = torch.linalg.qr(V + max(gains - 1, 0) / (gains + 2) * moved).Q
+        ahead = V + max(gains - 1, 0) / (gains + 2) * moved
         U = stepped(torch.cat([x @ ahead for x in X], dim=1), U)
     small = [U.T @ D @ V for D in deltas]
     P, Q = principal(small), principal([C.T for C in small])

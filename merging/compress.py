@@ -14,7 +14,7 @@ from moa.merging.spectral import merged_in_principal_bases, of_nonzero, weighted
 
 MAX_SWEEPS = 500
 """Sweeps over the two bases: a dozen where some directions are stronger than others, some fifty where none are."""
-SETTLED = 1e-7
+SETTLED = 1e-8
 """Share of the energy by which a last sweep without momentum may still have improved the bases."""
 
 
@@ -71,7 +71,8 @@ def ctm(
             they are (1).
     """
     shared = weighted_core(updates, weights)
-    cores, norms = shared.cores, shared.cores.flatten(1).norm(dim=1)
+    cores = shared.cores
+    norms = cores.flatten(1).norm(dim=1)
     balance = beta + (1 - beta) * norms.mean() / norms
     U, V, captured = common_bases(balance[:, None, None] * cores, rank or max(update.rank for update in updates))
     merged = merged_in_principal_bases(U.T @ cores @ V, rule, density, seeds)
@@ -97,7 +98,7 @@ def common_bases(matrices: Float[Tensor, "n p q"], rank: int) -> Tucker:
     for _ in range(MAX_SWEEPS):
         written = (columns @ U).flatten(1)
         last, V = V, orthogonal_step(ahead, written)
-        before, captured = captured, float((V.T @ written).square().sum())
+        before, captured = captured, float((V.T @ written).norm()) ** 2
         gained = captured - before > SETTLED * energy
         if not gained and gains == 0:
             break
@@ -109,7 +110,8 @@ def common_bases(matrices: Float[Tensor, "n p q"], rank: int) -> Tucker:
 
 def leading_eigenvectors(matrices: Float[Tensor, "n p k"], rank: int) -> Float[Tensor, "p r"]:
     """The first `rank` eigenvectors of sum_i X_i X_i^T, strongest first."""
-    return torch.linalg.eigh((matrices @ matrices.mT).sum(dim=0)).eigenvectors[:, -rank:].flip(1)
+    wide = matrices.transpose(0, 1).flatten(1)
+    return torch.linalg.eigh(wide @ wide.T).eigenvectors[:, -rank:].flip(1)
 
 
 def orthogonal_step(basis: Float[Tensor, "p r"], X: Float[Tensor, "p m"]) -> Float[Tensor, "p r"]:
@@ -118,5 +120,5 @@ def orthogonal_step(basis: Float[Tensor, "p r"], X: Float[Tensor, "p m"]) -> Flo
 
 
 def carried_on(basis: Float[Tensor, "p r"], last: Float[Tensor, "p r"], share: float) -> Float[Tensor, "p r"]:
-    """The basis moved on by a share of what it has moved out of the span of the last one."""
-    return torch.linalg.qr(basis + share * (basis - last @ (last.T @ basis))).Q
+    """The basis moved on by a share of what it has moved out of the span of the last one; no basis until a step."""
+    return basis + share * (basis - last @ (last.T @ basis))
