@@ -232,7 +232,8 @@ def test_saving_replaces_an_earlier_state_and_leaves_nothing_else(state, tmp_pat
     state.remove("a")
     state.save(tmp_path / "state")
     after = sorted(file.name for file in (tmp_path / "state").iterdir())
-    assert len(before) == len(after) == 2 and before[0] == after[0] == "merge_state.json" and before[1] != after[1]
+    assert before[:2] == after[:2] == ["merge_state.json", "merge_state.lock"]
+    assert len(before) == len(after) == 3 and before[2] != after[2]
 
 
 def test_a_save_that_fails_leaves_the_earlier_state_whole(state, tmp_path, monkeypatch):

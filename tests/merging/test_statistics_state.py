@@ -235,7 +235,7 @@ def test_the_same_state_twice_has_the_same_bytes(known, tmp_path):
     for name in ("one", "two"):
         created(known, "regmean", rank=RankRule(by="loss")).save(tmp_path / name)
     files = [{f.name: f.read_bytes() for f in (tmp_path / name).iterdir()} for name in ("one", "two")]
-    assert files[0] == files[1] and len(files[0]) == 5
+    assert files[0] == files[1] and len(files[0]) == 6
 
 
 def test_a_first_save_that_was_interrupted_can_be_made_again(known, tmp_path, monkeypatch):
