@@ -6,12 +6,13 @@ import math
 import numpy as np
 import pytest
 import torch
+from sklearn.cluster import kmeans_plusplus
 from threadpoolctl import threadpool_info
 
 from moa.adapters import Adapter
 from moa.low_rank import LowRank
 from moa.merging import merge
-from moa.merging.clustering import clusters
+from moa.merging.clustering import _far_apart, clusters
 from moa.merging.parallel import using_threads
 
 LAYER, O, N, K = "model.layers.0.self_attn.q_proj", 20, 30, 3  # noqa: E741
@@ -244,3 +245,13 @@ def test_layers_clustered_at_the_same_time_leave_the_threads_of_libraries_as_the
         for seed in range(5):
             merge(adapters, "lego", rank=2, seed=seed)
     assert threads() == before
+
+
+@pytest.mark.parametrize("k", [2, 5, 12])
+def test_kmeans_begins_where_scikit_learn_would_begin(k):
+    points, mass = draw(30, 6, seed=k), draw(30, seed=100 + k).abs().numpy()
+    distances = torch.cdist(points, points).square().numpy()
+    for seed in range(20):
+        centers, _ = kmeans_plusplus(points.numpy(), k, sample_weight=mass, random_state=seed)
+        begun = _far_apart(points.numpy(), k, np.random.RandomState(seed), mass=mass, distances=distances)
+        assert np.array_equal(begun, centers)
