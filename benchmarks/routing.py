@@ -47,7 +47,7 @@ WAYS = {
     "moa_routed": "MoaModel, routing the prompts",
 }
 NO_CACHE = {"xlora": "X-LoRA refuses a cache", "moa_routed": "a route is kept while decoding"}
-WARM_UP = 4  # decode steps before one is recorded
+WARM_UP = 4  # times that decoding runs before it is recorded, or timed when compiled
 
 
 class Way:

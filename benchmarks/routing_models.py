@@ -124,5 +124,5 @@ class Bench:
         return self.mixture(way, stack), {}
 
 
-def _uniform(rows: int, experts: int) -> object:
+def _uniform(rows: int, experts: int) -> Routing:
     return Routing(torch.full((rows, experts), 1 / experts))

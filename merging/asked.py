@@ -1,6 +1,7 @@
 """A merge as it was asked for, and all that can be refused before an adapter is read."""
 
 import math
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -54,8 +55,9 @@ class Asked:
             check_output(self.output)
         if not math.isfinite(self.scale) or self.scale == 0:
             raise ValueError(f"scale must be a finite number other than 0, got {self.scale}")
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+        if isinstance(self.seed, bool) or not hasattr(self.seed, "__index__"):
             raise TypeError(f"seed must be a whole number, got {self.seed!r}")
+        object.__setattr__(self, "seed", operator.index(self.seed))
         if self.dtype is not None:
             object.__setattr__(self, "dtype", checked_dtype(self.dtype))
         self._check_brought("statistics", self.reads_statistics)

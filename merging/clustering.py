@@ -106,7 +106,8 @@ def lego_gauge_safe(
     member = clusters(cosines, sizes, rank or int(unit_counts(canonical).max()), seed, weigh=True)
     centroids = [singular_units(LowRank(units.B[:, of], units.A[of]), 1) for of in member.T.bool()]
     merged = stack(centroids)
-    return Merged(shared.outside(merged), dropped=stack([units, merged.scaled(-1.0)]).norm() ** 2)
+    update = shared.outside(merged) if merged.rank else LowRank.zero(updates[0].shape, torch.float64).truncated()[0]
+    return Merged(update, dropped=stack([units, merged.scaled(-1.0)]).norm() ** 2)
 
 
 def weighted_units(updates: Sequence[LowRank], weights: Float[Tensor, " n"]) -> LowRank:
@@ -155,9 +156,9 @@ def _labels(kernel: Float[Tensor, "R R"], sizes: Float[Tensor, " R"], k: int, se
     size = torch.bincount(copy_of, weights=sizes)
     mass = size if weigh else torch.bincount(copy_of).to(size)
     order = size.argsort(descending=True, stable=True)
-    points = _points(_without_noise(kernel[different[order]][:, different[order]]))
+    exact = _without_noise(kernel[different[order]][:, different[order]])
     found = torch.empty_like(order)
-    found[order] = _kmeans(points, k, seed, _without_noise(mass[order]))
+    found[order] = _kmeans(exact, k, seed, _without_noise(mass[order]))
     return found[copy_of]
 
 
@@ -186,10 +187,12 @@ def _points(kernel: Float[Tensor, "R R"]) -> Float[Tensor, "R R"]:
     return vectors * values.clamp(min=0).sqrt()
 
 
-def _kmeans(points: Float[Tensor, "R d"], k: int, seed: int, mass: Float[Tensor, " R"]) -> Tensor:
+def _kmeans(kernel: Float[Tensor, "R R"], k: int, seed: int, mass: Float[Tensor, " R"]) -> Tensor:
     from sklearn.cluster import KMeans
 
-    begin = partial(_far_apart, mass=mass.numpy(), distances=torch.cdist(points, points).square().numpy())
+    points, squares = _points(kernel), kernel.diagonal()
+    distances = (squares[:, None] + squares - 2 * kernel).clamp(min=0)
+    begin = partial(_far_apart, mass=mass.numpy(), distances=distances.numpy())
     means = KMeans(k, init=begin, n_init=10, random_state=seed % 2**32)
     # on one thread: a few units are clustered in less time than several take to meet
     with _CLUSTERING, _library_threads().limit(limits=1):

@@ -120,5 +120,5 @@ def orthogonal_step(basis: Float[Tensor, "p r"], X: Float[Tensor, "p m"]) -> Flo
 
 
 def carried_on(basis: Float[Tensor, "p r"], last: Float[Tensor, "p r"], share: float) -> Float[Tensor, "p r"]:
-    """The basis moved on by a share of what it has moved out of the span of the last one; no basis until a step."""
+    """The basis moved on by a share of what it has moved out of the span of the last one; not orthonormal."""
     return basis + share * (basis - last @ (last.T @ basis))

@@ -3,7 +3,7 @@
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TypeVar
 
 import torch
@@ -53,9 +53,18 @@ def in_turn(work: Callable[[str], T], layers: Sequence[str]) -> Iterator[T]:
                 yield _first(ahead)
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
-            # not for the threads: a second Ctrl-C makes Python 3.11 believe that they have ended, and abort at exit
-            wait([future for future in ahead if not future.cancelled()])
+            _wait_for([future for future in ahead if not future.cancelled()])
             torch.set_num_threads(threads)  # the default of threads to come, which the workers have set too
+
+
+def _wait_for(futures: Sequence[Future]) -> None:
+    """Wait until all are done, however often Ctrl-C is pressed.
+
+    A join of their threads that is interrupted makes Python 3.11 believe that they have ended, and abort at exit.
+    """
+    while not all(future.done() for future in futures):
+        with suppress(KeyboardInterrupt):
+            wait(futures)
 
 
 def _first(ahead: deque[Future[T]]) -> T:

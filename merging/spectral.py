@@ -29,7 +29,7 @@ def of_nonzero(method: Callable[..., Merged]) -> Callable[..., Merged]:
 
     @wraps(method)
     def on_nonzero(updates: Sequence[LowRank], weights: Tensor, **options) -> Merged:
-        kept = [i for i, update in enumerate(updates) if _changes_something(update)]
+        kept = [i for i, update in enumerate(updates) if update.changes_something()]
         if not kept:
             return Merged(*LowRank.zero(updates[0].shape, torch.float64).truncated())
         if "seeds" in options:
@@ -37,10 +37,6 @@ def of_nonzero(method: Callable[..., Merged]) -> Callable[..., Merged]:
         return method([updates[i] for i in kept], weights[kept], **options)
 
     return on_nonzero
-
-
-def _changes_something(update: LowRank) -> bool:
-    return update.norm() > NUMERICAL_RANK_TOLERANCE * float(update.B.norm() * update.A.norm())
 
 
 def weighted_core(updates: Sequence[LowRank], weights: Float[Tensor, " n"]) -> Core:

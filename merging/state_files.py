@@ -3,7 +3,7 @@
     merge_state.json                  format, kind, members with weights and hashes, name and hash of the other files
     state-<hash>.safetensors          bases and coordinates, float64
     statistics-<hash>.safetensors     of each member, where the state keeps them
-    merge_state.lock                  empty, locked by who changes the state
+    merge_state.lock                  empty, locked while `merge_kept` changes the state
 
 A new version is complete when its JSON file has replaced the old one; a crash before leaves the old version whole.
 """
@@ -37,7 +37,7 @@ def held(directory: Path) -> Iterator[None]:
         return
     lock = FileLock(directory / LOCK)
     try:
-        got = lock.acquire(blocking=False)
+        got = lock.acquire(timeout=0)
     except Timeout:
         logger.info("waiting for another merge, which changes %s", directory)
         got = lock.acquire()
@@ -64,9 +64,9 @@ def write_state(
     check_ours(directory)
     new = not directory.exists()
     directory.mkdir(parents=True, exist_ok=True)
-    kept = {name: known.stored_in(directory) for name, known in statistics.items()}
     partial = directory / f"{uuid.uuid4().hex[:8]}.partial"
     try:
+        kept = {name: known.stored_in(directory) for name, known in statistics.items()}
         save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, partial)
         sha256 = file_sha256(partial)
         file = directory / f"state-{sha256[:16]}.safetensors"
@@ -77,7 +77,7 @@ def write_state(
         (directory / LOCK).touch()
         partial.replace(directory / MANIFEST)
     except BaseException:
-        if new:
+        if new and not (directory / MANIFEST).exists():
             shutil.rmtree(directory, ignore_errors=True)
         raise
     finally:
@@ -121,8 +121,8 @@ def check_ours(directory: Path) -> None:
         raise ValueError(f"cannot save the merge state to {directory}: it is a file, give a folder")
     if not directory.is_dir() or (directory / MANIFEST).is_file():
         return
-    if held := sorted(path.name for path in directory.iterdir() if not _is_ours(path)):
-        raise ValueError(f"cannot save the merge state to {directory}: it holds {held[0]!r}, give a new folder")
+    if others := sorted(path.name for path in directory.iterdir() if not _is_ours(path) and path.name != LOCK):
+        raise ValueError(f"cannot save the merge state to {directory}: it holds {others[0]!r}, give a new folder")
 
 
 def _is_ours(path: Path) -> bool:

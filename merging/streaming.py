@@ -42,7 +42,7 @@ class DenseRows:
         self.factors = {
             i: update.scaled(w).to(torch.float32)
             for i, (update, w) in enumerate(zip(updates, weights.tolist(), strict=True))
-            if update.B.any() and update.A.any()
+            if update.changes_something()
         }
 
     def __iter__(self) -> Iterator[int]:

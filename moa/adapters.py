@@ -239,7 +239,7 @@ def _held(tensors: Mapping[str, Tensor], where: str) -> Stored:
         where=where,
         sizes={key: tuple(tensor.shape) for key, tensor in tensors.items()},
         dtypes={key: tensor.dtype for key, tensor in tensors.items()},
-        tensor=lambda key: tensors[key].detach().cpu(),
+        tensor=lambda key: tensors[key].detach().to("cpu", copy=True),
     )
 
 

@@ -73,6 +73,10 @@ class LowRank:
     def _norm(self) -> float:
         return math.sqrt(max(inner(self, self), 0.0))
 
+    def changes_something(self) -> bool:
+        """Whether B @ A is more than the rounding of factors that cancel."""
+        return self.norm() > NUMERICAL_RANK_TOLERANCE * float(self.B.norm() * self.A.norm())
+
     def to(self, dtype: torch.dtype) -> "LowRank":
         """The same update with factors of another dtype."""
         return LowRank(self.B.to(dtype), self.A.to(dtype))

@@ -147,6 +147,13 @@ def test_units_that_cancel_in_a_centroid_leave_nothing_to_blow_up():
         assert delta.norm() < 1e-9
 
 
+def test_updates_that_cancel_in_one_cluster_merge_to_zeros_of_rank_one():
+    b, a = draw(O, 1, seed=3), draw(1, N, seed=4)
+    opposites = [adapter("x", LowRank(b, a)), adapter("y", LowRank(-b, a))]
+    delta, result = merged(opposites, "lego_gauge_safe", weights=[1, 1])
+    assert result.modules[LAYER].rank == 1 and delta.norm() < 1e-9
+
+
 def test_what_a_sign_flip_of_one_rank_does_shows_which_of_the_two_is_gauge_safe(clustered):
     update, signs = clustered[2].modules[LAYER], torch.tensor([1.0, 1, -1, 1], dtype=torch.float64)
     flipped = [*clustered[:2], adapter("adapter2", LowRank(update.B * signs, signs[:, None] * update.A))]

@@ -476,3 +476,10 @@ def test_a_damaged_state_is_refused(damage, message, folders, tmp_path):
 
 def test_both_kinds_are_merge_states(state):
     assert isinstance(state, ExactState | TruncatedState)
+
+
+def test_a_folder_whose_manifest_was_deleted_can_be_used_again(state, tmp_path):
+    state.save(tmp_path / "state")
+    (tmp_path / "state" / "merge_state.json").unlink()
+    state.save(tmp_path / "state")
+    assert MergeState.load(tmp_path / "state").members.keys() == state.members.keys()

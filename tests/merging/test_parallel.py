@@ -103,7 +103,7 @@ def test_an_interrupt_waits_for_the_layers_at_work_and_starts_no_more(interrupti
         if name != NAMES[0]:
             if busy.wait() == 0:
                 os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(0.3)
+            time.sleep(1.5)  # until a busy machine has woken the thread that waits
 
     with pytest.raises(KeyboardInterrupt):
         list(in_turn(work, NAMES))
@@ -134,7 +134,7 @@ def test_a_pass_may_start_within_a_pass(adapters):
     assert dict(layers.mapped("asking", lambda module, updates: layers.once(names))) == dict.fromkeys(NAMES, NAMES)
 
 
-def test_a_second_interrupt_leaves_no_layer_at_work():
+def test_more_interrupts_leave_no_layer_at_work():
     script = """
 import os, signal, threading, time
 import torch
@@ -147,17 +147,17 @@ started, ended = [], []
 def work(name):
     started.append(name)
     if name == 3:
-        for _ in range(2):
-            time.sleep(0.2)
+        for _ in range(3):
+            time.sleep(0.3)
             os.kill(os.getpid(), signal.SIGINT)
     if name:
-        time.sleep(0.6)
+        time.sleep(1.5)
     ended.append(name)
 
 try:
     list(in_turn(work, range(9)))
 except KeyboardInterrupt:
-    print(started == [0, 1, 2, 3] and sorted(ended) == started)
+    print(sorted(started) == sorted(ended) == [0, 1, 2, 3])
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout) == (0, "True\n"), done.stderr

@@ -12,6 +12,7 @@ from moa.merging import RankRule, merge, methods
 from moa.merging.activations import READS
 from moa.merging.cli import main
 from moa.merging.incremental import MergeState, StatisticsState
+from moa.merging.kept_statistics import KeptStatistics
 from moa.merging.statistics import STATISTICS_FILE, LayerStatistics, Statistics, read_statistics, write_statistics
 
 Q, V, DOWN = (f"model.layers.0.{name}" for name in ("self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj"))
@@ -244,6 +245,7 @@ def test_a_first_save_that_was_interrupted_can_be_made_again(known, tmp_path, mo
         patched.setattr(json, "dumps", lambda *_, **__: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             state.save(tmp_path / "kept")
+    (tmp_path / "kept").mkdir()
     (tmp_path / "kept" / "statistics-0123.safetensors").write_bytes(b"half")
     state.save(tmp_path / "kept")
     assert len(stored_files(tmp_path / "kept")) == 3
@@ -435,3 +437,14 @@ def test_layer_statistics_without_a_gram_are_refused_where_one_is_read(known):
     with pytest.raises(ValueError, match="ranks by loss need statistics of every layer"):
         merge(known[:1], "svd", rank=RankRule(by="loss"), statistics=[bare])
     assert merge(known[:1], "fisher", statistics=[bare]).modules.keys() == SIZES.keys()
+
+
+def test_a_first_save_for_which_the_disk_has_no_room_leaves_no_folder(known, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    state = created(known, "regmean")
+    monkeypatch.setattr(KeptStatistics, "stored_in", full)
+    with pytest.raises(OSError, match="No space left"):
+        state.save(tmp_path / "kept")
+    assert not (tmp_path / "kept").exists()

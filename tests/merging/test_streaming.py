@@ -177,3 +177,10 @@ def test_at_the_full_rank_a_matrix_is_kept_to_the_last_bit(shape):
 def test_a_matrix_of_zeros_is_recompressed_to_zeros(size, rank):
     merged = recompressed(torch.zeros(size, size), size if rank == "full" else rank, seed=0)
     assert merged.update.norm() == 0 and merged.dropped == 0
+
+
+def test_factors_that_cancel_are_no_update():
+    one = update(6, 5, 2, seed=1)
+    cancelling = LowRank(torch.cat([one.B, -one.B], dim=1), torch.cat([one.A, one.A]))
+    zero = LowRank(0 * one.B, one.A)
+    assert list(DenseRows([cancelling, one, zero], weights(1, 1, 1))) == [1]
