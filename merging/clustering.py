@@ -106,8 +106,7 @@ def lego_gauge_safe(
     member = clusters(cosines, sizes, rank or int(unit_counts(canonical).max()), seed, weigh=True)
     centroids = [singular_units(LowRank(units.B[:, of], units.A[of]), 1) for of in member.T.bool()]
     merged = stack(centroids)
-    update = shared.outside(merged) if merged.rank else LowRank.zero(updates[0].shape, torch.float64).truncated()[0]
-    return Merged(update, dropped=stack([units, merged.scaled(-1.0)]).norm() ** 2)
+    return Merged(shared.outside(merged), dropped=stack([units, merged.scaled(-1.0)]).norm() ** 2)
 
 
 def weighted_units(updates: Sequence[LowRank], weights: Float[Tensor, " n"]) -> LowRank:
@@ -156,9 +155,9 @@ def _labels(kernel: Float[Tensor, "R R"], sizes: Float[Tensor, " R"], k: int, se
     size = torch.bincount(copy_of, weights=sizes)
     mass = size if weigh else torch.bincount(copy_of).to(size)
     order = size.argsort(descending=True, stable=True)
-    exact = _without_noise(kernel[different[order]][:, different[order]])
+    rounded = _without_noise(kernel[different[order]][:, different[order]])
     found = torch.empty_like(order)
-    found[order] = _kmeans(exact, k, seed, _without_noise(mass[order]))
+    found[order] = _kmeans(rounded, k, seed, _without_noise(mass[order]))
     return found[copy_of]
 
 

@@ -74,7 +74,7 @@ def write_state(
         stored = {"format": FORMAT, **facts, "tensors": {"file": file.name, "sha256": sha256}}
         stored["statistics"] = {name: known.to_json() for name, known in kept.items()}
         partial.write_text(json.dumps(stored, indent=1, default=asdict) + "\n")
-        (directory / LOCK).touch()
+        (directory / LOCK).touch()  # now, so that a change which is refused adds nothing to the folder
         partial.replace(directory / MANIFEST)
     except BaseException:
         if new and not (directory / MANIFEST).exists():

@@ -158,15 +158,18 @@ class Core(NamedTuple):
         U, S, Vh = torch.linalg.svd(M, full_matrices=False)
         kept = int((NUMERICAL_RANK_TOLERANCE * S[:1] < S).sum())
         kept = kept if rank is None else min(kept, rank)
-        if kept == 0:
-            (o, _), (n, _) = self.left.vectors.shape, self.right.vectors.shape
-            return LowRank(M.new_zeros(o, 1), M.new_zeros(1, n)), 0.0
         root = S[:kept].sqrt()
         small = LowRank(U[:, :kept] * root, root[:, None] * Vh[:kept])
         return self.outside(small), float(S[kept:].square().sum())
 
     def outside(self, small: LowRank) -> LowRank:
-        """left @ small @ right^T: an update out of the core, each row of A with its largest entry positive."""
+        """left @ small @ right^T: an update out of the core, each row of A with its largest entry positive.
+
+        Never below rank 1, the least that an adapter can store: without a rank, zeros.
+        """
+        if small.rank == 0:
+            (o, _), (n, _) = self.left.vectors.shape, self.right.vectors.shape
+            return LowRank(small.B.new_zeros(o, 1), small.A.new_zeros(1, n))
         B, A = self.left @ small.B, (self.right @ small.A.T).T.contiguous()
         largest = A.gather(1, A.abs().argmax(dim=1, keepdim=True))
         sign = torch.where(largest < 0, -1.0, 1.0).to(A.dtype)

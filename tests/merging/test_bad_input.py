@@ -8,6 +8,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -316,6 +317,12 @@ def test_a_warning_is_one_line_on_a_command_line(folders, edit_config, tmp_path)
     done = subprocess.run(words, capture_output=True, text=True, check=True)
     lines = [line for line in done.stderr.splitlines() if "lost" in line]
     assert len(lines) == 1 and lines[0].startswith("warning: ") and "UserWarning" not in done.stderr
+
+
+def test_a_seed_may_be_a_whole_number_of_numpy(folders, tmp_path):
+    ours = merge(folders, "dare_linear", seed=3, output=tmp_path / "ours")
+    theirs = merge(folders, "dare_linear", seed=np.int64(3), output=tmp_path / "theirs")
+    assert ours.report.to_json() == theirs.report.to_json()
 
 
 def test_numbers_too_large_to_be_merged_are_refused_in_one_sentence(folders, tmp_path):

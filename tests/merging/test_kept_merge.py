@@ -260,21 +260,25 @@ def test_what_is_remembered_can_be_stored_also_when_it_was_asked_for_from_python
     assert result.report.method == "weighted_sum" and result.report.dtype == "float64"
 
 
-def test_a_new_state_that_cannot_be_written_leaves_nothing(command, folders, tmp_path, monkeypatch, refusal):
+@pytest.fixture
+def fill_the_disk(monkeypatch):
+    """Call it, and from then on no tensors can be written."""
+
     def full(*_):
         raise SafetensorError("No space left on device")
 
-    monkeypatch.setattr("safetensors.torch.save_file", full)
+    return lambda: monkeypatch.setattr("safetensors.torch.save_file", full)
+
+
+def test_a_new_state_that_cannot_be_written_leaves_nothing(folders, fill_the_disk, refusal, tmp_path):
+    fill_the_disk()
     said = refusal(main, [*map(str, folders[:2]), "--state", str(tmp_path / "kept")])
     assert "No space left on device" in said and not (tmp_path / "kept").exists()
 
 
-def test_a_state_that_cannot_be_written_anew_stays(command, folders, kept, monkeypatch, refusal):
-    def full(*_):
-        raise SafetensorError("No space left on device")
-
+def test_a_state_that_cannot_be_written_anew_stays(folders, kept, fill_the_disk, refusal):
     before = everything_in(kept)
-    monkeypatch.setattr("safetensors.torch.save_file", full)
+    fill_the_disk()
     refusal(main, ["--state", str(kept), "--add", f"{folders[2]}=0.5"])
     assert everything_in(kept) == before
 

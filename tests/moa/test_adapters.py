@@ -21,6 +21,7 @@ from moa.adapters import (
     write_adapter,
 )
 from moa.low_rank import LowRank
+from moa.peft_checks import all_finite
 
 Q = "model.layers.0.self_attn.q_proj"
 
@@ -417,3 +418,20 @@ def test_a_name_that_peft_cannot_take_is_refused(name):
 
 def test_a_name_of_letters_digits_and_dashes_is_taken():
     assert check_name("sst-2_v1") == "sst-2_v1"
+
+
+def test_updates_of_a_live_model_are_copies_also_where_nothing_scales_them(base):
+    model = peft_model(base, {**PLAIN, "lora_alpha": PLAIN["r"]})
+    parameters = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for update in from_model(model, "default").modules.values():
+        update.A.mul_(2.0)
+        update.B.mul_(2.0)
+    assert all(torch.equal(p, parameters[name]) for name, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_finite_numbers_whose_sum_is_not_are_finite(dtype):
+    largest = torch.finfo(dtype).max
+    assert all_finite(torch.full((300,), largest, dtype=dtype)) and all_finite(torch.zeros(0, dtype=dtype))
+    for spoilt in ([largest, float("nan")], [float("inf"), -float("inf")], [1.0, -float("inf")]):
+        assert not all_finite(torch.tensor(spoilt, dtype=dtype))
