@@ -46,6 +46,12 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--batch", type=int, default=8, help="rows a step of each task (default 8)")
     found.add_argument("--tokens", type=int, default=128, help="tokens of a row of the longest task (default 128)")
     found.add_argument("--spread", type=float, default=0.5, help="how far rows of one task differ (default 0.5)")
+    found.add_argument(
+        "--pad_to_multiple_of",
+        type=int,
+        default=0,
+        help="tokens, such as 64 on a GPU, where kernels prepare themselves for each new length (default 0: none)",
+    )
     found.add_argument("--rank", type=int, default=8, help="rank of the adapters (default 8)")
     found.add_argument("--all_linear", action="store_true", help="adapt every linear layer, not attention alone")
     found.add_argument("--steps", type=int, default=4, help="steps measured a task, after one that is not (default 4)")

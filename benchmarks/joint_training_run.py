@@ -118,6 +118,7 @@ def settings(arguments: argparse.Namespace) -> Any:
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
+        pad_to_multiple_of=arguments.pad_to_multiple_of or None,
         seed=SEED,
     )
 

@@ -175,6 +175,9 @@ def measure(asked: argparse.Namespace, adapters: int) -> dict[str, object]:
 
 def show(result: dict[str, object], asked: argparse.Namespace) -> None:
     console = Console(width=110)
+    if "moa_routed" in result["ratios"]:
+        k, depth = asked.router_layer, asked.layers
+        console.print(f"a prefix pass reads {k} of {depth} layers: k / L = {k / depth:.3f}", highlight=False)
     rank = f"rank {asked.rank}, {'all linear layers' if asked.all_linear else 'attention'}"
     table = Table(title=f"{result['adapters']} adapters of {rank}: time, one active adapter = 1")
     for column in ("", "prefill", "decode"):
@@ -198,7 +201,9 @@ def asked_for(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--all_linear", action="store_true", help="adapt every linear layer, not attention alone")
     parser.add_argument("--shape", choices=SHAPES, default="qwen2-0.5b", help="layer shapes (default qwen2-0.5b)")
     parser.add_argument("--layers", default=4, help="layers of the model (default 4)", **whole)
-    parser.add_argument("--router_layer", default=1, help="what the prefix pass reads (default 1 of 4)", **whole)
+    parser.add_argument(
+        "--router_layer", help="layers of the prefix pass (default a quarter of them, as a mixture's)", **whole
+    )
     parser.add_argument(
         "--first_layer",
         default=0,
@@ -231,6 +236,9 @@ def asked_for(argv: list[str] | None = None) -> argparse.Namespace:
     for option in ("rank", "layers", "batch", "tokens", "decode", "rounds"):
         if getattr(asked, option) < 1:
             parser.error(f"--{option} must be at least 1, got {getattr(asked, option)}")
+    asked.router_layer = asked.router_layer or max(1, asked.layers // 4)
+    if not 1 <= asked.router_layer <= asked.layers:
+        parser.error(f"--router_layer must be 1 to --layers, got {asked.router_layer} of {asked.layers}")
     if asked.graphs and asked.compile:
         parser.error("--graphs records the model as it is, --compile compiles it: give one")
     if asked.graphs and (asked.device == "cpu" or not torch.cuda.is_available()):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -35,12 +36,27 @@ class Choice:
         return Choice(*(getattr(self, field.name).to(device) for field in fields(self)))
 
 
-def choices(weights: Float[Tensor, "rows *layers columns"] | None) -> tuple[Choice, ...] | None:
+class Look(NamedTuple):
+    """What the host has to know of weights before a layer runs.
+
+    Attributes:
+        finite: whether no weight is NaN or infinite.
+        alone: whether no row mixes experts, at any layer or token.
+    """
+
+    finite: bool
+    alone: bool
+
+
+def look_at(weights: Float[Tensor, "rows *layers_and_tokens columns"]) -> Look:
+    """All of it in one wait for a GPU."""
+    weights = weights.detach()
+    return Look(*torch.stack([weights.isfinite().all(), (weights.ne(0).sum(dim=-1) <= 1).all()]).tolist())
+
+
+def choices(weights: Float[Tensor, "rows *layers columns"], look: Look) -> tuple[Choice, ...] | None:
     """One for all layers or one for each; None where a row mixes experts, or where gradients want every expert."""
-    if weights is None or weights.dim() > 3 or weights.requires_grad:
-        return None
-    used = weights != 0
-    if (used.sum(dim=-1) > 1).any():
+    if not look.alone or weights.dim() > 3 or weights.requires_grad:
         return None
     layers = weights.unsqueeze(1) if weights.dim() == 2 else weights
     experts = layers.ne(0).int().argmax(dim=-1)

@@ -43,6 +43,23 @@ def tokens_held(input_ids: Int[Tensor, "batch tokens"], attention_mask: Tensor |
     return attention_mask.to(input_ids.device).bool()
 
 
+def prompt_tokens(
+    held: Bool[Tensor, "batch tokens"], prompt_mask: Bool[Tensor, "batch tokens"] | None = None
+) -> Bool[Tensor, "batch tokens"]:
+    """Which tokens a router reads: those that are no padding, and of them the prompt's where a mask says which.
+
+    Asked for before a pass, not after it: looking at a mask on a GPU waits for all that runs there.
+
+    Raises:
+        ValueError: a sequence without a single prompt token, of which nothing could be pooled.
+    """
+    mask = held if prompt_mask is None else held & prompt_mask.to(held.device)
+    empty = (~mask.any(dim=1)).nonzero().flatten().tolist()
+    if empty:
+        raise ValueError(f"sequence {empty[0]} of the batch has no prompt token to route on: give it a prompt")
+    return mask
+
+
 def prompt_features(
     base_model: PreTrainedModel,
     pools: Mapping[int, Callable[[Tensor, Tensor], Tensor]],
@@ -60,8 +77,8 @@ def prompt_features(
         ValueError: no such layer in this model, or a sequence without a prompt token.
     """
     attention_mask = attention_mask.to(input_ids.device)
+    mask = prompt_tokens(attention_mask.bool(), prompt_mask)
     states = prompt_states(base_model, list(pools), input_ids, attention_mask)
-    mask = attention_mask.bool() if prompt_mask is None else prompt_mask & attention_mask.bool()
     return {layer: pool(one, mask) for one, (layer, pool) in zip(states, pools.items(), strict=True)}
 
 

@@ -12,7 +12,7 @@ from transformers import Cache
 from moa.cached_route import check_route, is_filled, recall
 from moa.in_flight import can_route, routing_in_flight
 from moa.packing import check_sequences, padded, sequence_of_tokens
-from moa.prefix import tokens_held
+from moa.prefix import prompt_tokens, tokens_held
 
 if TYPE_CHECKING:
     from moa.routed_model import RoutedModel
@@ -68,9 +68,9 @@ def _route_prompts(
     if (sequences := model.route_state.token_rows) is not None:
         input_ids, attention_mask, prompt_mask = padded(input_ids, sequences, labels)
     elif model.moa_router is not None and can_route(model):
-        held = tokens_held(input_ids, attention_mask)
+        mask = prompt_tokens(tokens_held(input_ids, attention_mask), prompt_mask)
         model.route_state.weights = None
-        return routing_in_flight(model, held if prompt_mask is None else held & prompt_mask)
+        return routing_in_flight(model, mask)
     model.last_routing = model.route(input_ids, attention_mask, prompt_mask=prompt_mask)
     model.route_state.weights = model.last_routing.weights
     return nullcontext()
@@ -99,7 +99,7 @@ def one_route(model: RoutedModel, input_ids: Tensor | None, given: Mapping[str, 
     rows = max(asked[name] or 1 for name in ROWS_OF_A_PROMPT)
     alone = not any(asked[name] for name in NOT_THE_PROMPT_ALONE)
     if alone and _routes_on_the_way(model, input_ids, given):
-        mask = tokens_held(input_ids, given.get("attention_mask")).repeat_interleave(rows, dim=0)
+        mask = prompt_tokens(tokens_held(input_ids, given.get("attention_mask"))).repeat_interleave(rows, dim=0)
         with model.route_state.set(weights=None, pinned=True, **fields), routing_in_flight(model, mask):
             yield
         return

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from moa.choice import Choice, choices
+from moa.choice import Choice, choices, look_at
 from moa.config import FALLBACK
 
 if TYPE_CHECKING:
@@ -70,11 +70,13 @@ class RouteState:
 
     @weights.setter
     def weights(self, weights: Tensor | None) -> None:
+        found = None
         if weights is not None:
             self._check_shape(weights)
-            self._check_values(weights)
-        self._weights, self._gates = weights, {}
-        self._choices = choices(weights)
+            look = look_at(weights)
+            self._check_values(weights, look.finite)
+            found = choices(weights, look)
+        self._weights, self._gates, self._choices = weights, {}, found
 
     @property
     def layer_router(self) -> LayerRouter | None:
@@ -196,9 +198,9 @@ class RouteState:
                 "give one row for each of route_state.layers"
             )
 
-    def _check_values(self, weights: Tensor) -> None:
+    def _check_values(self, weights: Tensor, finite: bool) -> None:
         names = self.names(weights.shape[-1])
-        if not torch.isfinite(weights.detach()).all():
+        if not finite:
             row = (~torch.isfinite(weights.detach()).flatten(1).all(dim=1)).nonzero()[0].item()
             raise ValueError(
                 f"the weights of row {row} hold NaN or infinite values: check what computed them, a router that "

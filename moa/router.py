@@ -115,7 +115,7 @@ class SequenceRouter(nn.Module):
     def pool(
         self, states: Float[Tensor, "batch tokens hidden"], mask: Bool[Tensor, "batch tokens"]
     ) -> Float[Tensor, "batch hidden"]:
-        """One feature for each prompt, from the states of its tokens, in fp32."""
+        """One feature for each prompt, from the states of its tokens, in fp32; `moa.prefix.prompt_tokens` is its mask."""
         if self.query is not None:
             return attention_pool(states, mask, self.query)
         return POOLINGS[self.pooling](states, mask)
@@ -178,12 +178,7 @@ def check_architecture(pooling: str, head: str, hidden_units: int | None) -> Non
 def mean_pool(
     states: Float[Tensor, "batch tokens hidden"], mask: Bool[Tensor, "batch tokens"]
 ) -> Float[Tensor, "batch hidden"]:
-    """Average over the masked tokens of each sequence, in fp32.
-
-    Raises:
-        ValueError: a sequence without a single prompt token.
-    """
-    check_prompts(mask)
+    """Average over the masked tokens of each sequence, of which it has some, in fp32."""
     share = mask.unsqueeze(-1).float()
     return (states.float() * share).sum(dim=1) / share.sum(dim=1)
 
@@ -191,8 +186,7 @@ def mean_pool(
 def last_pool(
     states: Float[Tensor, "batch tokens hidden"], mask: Bool[Tensor, "batch tokens"]
 ) -> Float[Tensor, "batch hidden"]:
-    """The last masked token of each sequence, in fp32; errors as `mean_pool`."""
-    check_prompts(mask)
+    """The last masked token of each sequence, in fp32."""
     position = torch.arange(mask.shape[1], device=mask.device)
     last = (position * mask).argmax(dim=1)
     return states[torch.arange(len(states), device=states.device), last].float()
@@ -205,20 +199,12 @@ def attention_pool(
 ) -> Float[Tensor, "batch hidden"]:
     """sum_t a_t h_t with a = softmax over the masked tokens of LayerNorm(h_t) . q / sqrt(hidden), in fp32.
 
-    A query of zeros is the mean. Errors as `mean_pool`.
+    A query of zeros is the mean.
     """
-    check_prompts(mask)
     states = states.float()
     scores = F.layer_norm(states, query.shape) @ query.float() / query.numel() ** 0.5
     attention = scores.masked_fill(~mask, -torch.inf).softmax(dim=1)
     return (attention.unsqueeze(-1) * states).sum(dim=1)
-
-
-def check_prompts(mask: Bool[Tensor, "batch tokens"]) -> None:
-    """Refuse a sequence without a single prompt token."""
-    empty = (~mask.any(dim=1)).nonzero().flatten().tolist()
-    if empty:
-        raise ValueError(f"sequence {empty[0]} of the batch has no prompt token to route on: give it a prompt")
 
 
 POOLINGS = {"mean": mean_pool, "last": last_pool}

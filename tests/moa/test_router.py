@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from moa.config import RouterConfig
 from moa.fingerprint import chat_template_sha256, tokenizer_sha256, weights_sha256
 from moa.model import MoaModel
-from moa.prefix import candidate_layers, prompt_states
+from moa.prefix import candidate_layers, prompt_states, prompt_tokens
 from moa.router import SequenceRouter, attention_pool, last_pool, mean_pool
 from moa.router_checks import describe_router
 
@@ -68,12 +68,15 @@ def test_attention_starts_as_the_mean():
     torch.testing.assert_close(SequenceRouter(32, 3, pooling="attention").pool(states, mask), mean_pool(states, mask))
 
 
-@pytest.mark.parametrize("pooling", ["mean", "last", "attention"])
-def test_a_sequence_without_prompt_tokens_is_refused(pooling):
+@pytest.mark.parametrize(
+    "held, prompt",
+    [([[1, 1], [0, 0]], None), ([[1, 1], [0, 1]], [[1, 1], [1, 0]])],
+    ids=["all padding", "all that is no padding is answer"],
+)
+def test_a_sequence_without_prompt_tokens_is_refused(held, prompt):
+    held, prompt = torch.tensor(held).bool(), None if prompt is None else torch.tensor(prompt).bool()
     with pytest.raises(ValueError, match="sequence 1 of the batch has no prompt token"):
-        SequenceRouter(32, 3, pooling=pooling).pool(
-            torch.randn(2, 2, 32), torch.tensor([[True, True], [False, False]])
-        )
+        prompt_tokens(held, prompt)
 
 
 def test_centroids_choose_as_sklearn_does():
