@@ -115,7 +115,7 @@ class SequenceRouter(nn.Module):
     def pool(
         self, states: Float[Tensor, "batch tokens hidden"], mask: Bool[Tensor, "batch tokens"]
     ) -> Float[Tensor, "batch hidden"]:
-        """One feature for each prompt, from the states of its tokens, in fp32; `moa.prefix.prompt_tokens` is its mask."""
+        """One feature for each prompt, in fp32, from the states of its tokens; each has some (`prompt_tokens`)."""
         if self.query is not None:
             return attention_pool(states, mask, self.query)
         return POOLINGS[self.pooling](states, mask)
