@@ -101,11 +101,11 @@ class GatedLayer(nn.Module):
         members = self._members(columns)
         parts = self._parts(members.values())
         # without gradients too: FSDP2 gathers trained factors to old addresses, and keeps their version counters
-        if any(part.requires_grad for part in parts):
+        if True in [part.requires_grad for part in parts]:
             return self._build_stack(members, columns)
         if torch.compiler.is_compiling():
             return self.stacks[columns][1] if columns in self.stacks else self._build_stack(members, columns)
-        built_from = (*members.items(), *((part.data_ptr(), part._version) for part in parts))
+        built_from = members, [part.data_ptr() for part in parts], [part._version for part in parts]
         if columns not in self.stacks or self.stacks[columns][0] != built_from:
             with torch.inference_mode(False):  # a later forward may train what it meets on the way
                 self.stacks[columns] = built_from, self._build_stack(members, columns)
@@ -114,18 +114,19 @@ class GatedLayer(nn.Module):
 
     def _members(self, columns: int) -> dict[int, str]:
         """The experts that adapt this layer, by their columns in weights of so many."""
-        here = self.lora_A
+        here = self.lora_A._modules
         return {column: name for column, name in enumerate(self.route.names(columns)) if name in here}
 
     def _parts(self, names: Iterable[str]) -> list[Tensor]:
-        """All tensors that these experts' updates depend on."""
-        read, wrote, magnitudes = self.lora_A, self.lora_B, self.lora_magnitude_vector
-        parts = []
-        for name in names:
-            B = wrote[name]
-            parts += (read[name].weight, B.weight) if B.bias is None else (read[name].weight, B.weight, B.bias)
-            if name in magnitudes:
-                parts += magnitudes[name].weight, self.get_base_layer().weight
+        """All tensors that these experts' updates depend on.
+
+        Every layer asks in every forward: of torch's own dictionaries, for its attributes take four times as long.
+        """
+        read, wrote = self.lora_A._modules, self.lora_B._modules
+        parts = [p for name in names for one in (read, wrote) for p in one[name]._parameters.values() if p is not None]
+        if self.lora_magnitude_vector:
+            for name in self.lora_magnitude_vector.keys() & names:
+                parts += self.lora_magnitude_vector[name].weight, self.get_base_layer().weight
         return parts
 
     def trains(self, columns: int) -> bool:
