@@ -129,17 +129,20 @@ def test_a_packed_row_through_torchs_kernel_is_its_sequences_and_has_their_gradi
         name: value.cuda() if isinstance(value, torch.Tensor) else value
         for name, value in collate([{"input_ids": row} for row in rows]).items()
     }
-    gradients = []
-    for attention in (TORCH_VARLEN, "eager"):
-        model = MoaModel.from_adapters(base(torch.bfloat16), adapters)
+
+    def gradients(attention, dtype):
+        model = MoaModel.from_adapters(base(dtype), adapters)
         set_attention(model.get_base_model(), attention, packing=True)
         factors = {name: p.requires_grad_() for name, p in model.named_parameters() if ".lora_" in name}
         with model.pinned(NAMES):
             model(**packed, use_cache=False).loss.backward()
-        gradients.append({name: p.grad for name, p in factors.items() if p.grad is not None})
-    assert gradients[0].keys() == gradients[1].keys()
-    for name, gradient in gradients[0].items():
-        close(gradient.float(), gradients[1][name].float(), torch.bfloat16)
+        return {name: p.grad.float() for name, p in factors.items() if p.grad is not None}
+
+    exact, eager = gradients("eager", torch.float32), gradients("eager", torch.bfloat16)
+    kernel = gradients(TORCH_VARLEN, torch.bfloat16)
+    assert kernel.keys() == exact.keys()
+    for name, gradient in exact.items():  # as near as bf16 allows, which is what it costs eager
+        assert (kernel[name] - gradient).norm() <= 2 * (eager[name] - gradient).norm() + 1e-3 * gradient.norm()
 
 
 def test_experts_on_a_gpu_merge_into_the_same_adapter_as_on_the_cpu(base, adapters):
