@@ -2,7 +2,7 @@
 
     mahalanobis:  min_i |W (z - m_i)|,  W' W = inverse of the covariance that all tasks share
     energy:       -T logsumexp_i(f_i / T)
-    both:         the larger of the two, each less its mean and over its standard deviation on own held-out prompts
+    both:         the larger of the two, each less its median on own held-out prompts, over how far above they reach
 
 A router that knows prompts with and without their templates has two means of each expert, and `both` compares each
 prompt with what is typical of its own form, that of the nearest mean: bare prompts differ more among each other.
@@ -37,8 +37,8 @@ class Abstention:
         rate: share of the experts' own prompts that may fall back all the same.
         merged_above: stranger prompts run the merged adapter.
         base_above: still stranger ones run the base model.
-        typical: of `both`, mean and standard deviation of either score over own held-out prompts; two more numbers
-            are those of prompts without their templates.
+        typical: of `both`, the median of either score over own held-out prompts, and how far above it they reach; two
+            more numbers are those of prompts without their templates.
     """
 
     score: Score
@@ -193,8 +193,8 @@ def larger(
         plain: which prompts are to be compared with those without templates.
     """
     standardised = []
-    for name, (mean, std, *of_plain) in sorted(typical.items()):
-        usual = (scores[name] - mean) / std
+    for name, (median, reach, *of_plain) in sorted(typical.items()):
+        usual = (scores[name] - median) / reach
         if plain is not None and of_plain:
             usual = torch.where(plain, (scores[name] - of_plain[0]) / of_plain[1], usual)
         standardised.append(usual)

@@ -47,10 +47,15 @@ class Strangeness:
 
         Fewer than 1 / rate - 1 prompts cannot promise the rate; then it is the smallest that they can, 1 / (n + 1).
         """
-        rate = max(rate, 1 / (len(self.own) + 1))
+        rate = promised(rate, len(self.own))
         merged = conformal_quantile(self.own, rate)
         base = max(merged, conformal_quantile(self.left_out, rate))
         return Abstention(score, rate, merged, base, self.typical)
+
+
+def promised(rate: float, prompts: int) -> float:
+    """The share of own prompts that so many held-out ones can promise to be beyond a threshold."""
+    return max(rate, 1 / (prompts + 1))
 
 
 @torch.no_grad()
@@ -78,7 +83,7 @@ def with_doubt(
         "mahalanobis": Strangeness(by_form.amin(dim=(1, 2)), others.amin(dim=(1, 2))),
         "energy": _energies(logits, router.temperature, labels),
     }
-    found["both"] = _both(found, looks_plain(by_form), looks_plain(others))
+    found["both"] = _both(found, looks_plain(by_form), looks_plain(others), promised(choices.ood_rate, len(labels)))
     limits = None if choices.ood == NO_SCORE else found[choices.ood].limits(choices.ood, choices.ood_rate)
     return replace(
         config,
@@ -102,28 +107,33 @@ def halves(
 
 
 def _both(
-    single: Mapping[Score, Strangeness], plain: Bool[Tensor, " prompts"] | None, left_plain: Tensor | None
+    single: Mapping[Score, Strangeness],
+    plain: Bool[Tensor, " prompts"] | None,
+    left_plain: Tensor | None,
+    rate: float,
 ) -> Strangeness:
     """The larger of the single scores.
 
     Args:
         plain, left_plain: which prompts look as if they came without a template; and if their own expert is left out.
+        rate: share of own prompts that may fall back.
     """
-    typical = {name: _typical(of.own, plain) for name, of in single.items()}
+    typical = {name: _typical(of.own, plain, rate) for name, of in single.items()}
     own = larger({name: of.own for name, of in single.items()}, typical, plain)
     left_out = larger({name: of.left_out for name, of in single.items()}, typical, left_plain)
     return Strangeness(own, left_out, typical)
 
 
-def _typical(scores: Float[Tensor, " prompts"], plain: Bool[Tensor, " prompts"] | None) -> list[float]:
-    """Mean and standard deviation; of either form where there are prompts enough with and without templates."""
+def _typical(scores: Float[Tensor, " prompts"], plain: Bool[Tensor, " prompts"] | None, rate: float) -> list[float]:
+    """Median and reach; of either form where there are prompts enough with and without templates.
+
+    Scores reach as far above their median as all but `rate / 2` of them, for the larger of two counts. Their standard
+    deviation would not do: tails differ, and the heaviest would set the threshold of all.
+    """
     split = plain is not None and min(int(plain.sum()), int((~plain).sum())) > 1
     forms = [scores[~plain], scores[plain]] if split else [scores]
-    return [number for form in forms for number in (float(form.mean()), _spread(form))]
-
-
-def _spread(scores: Float[Tensor, " prompts"]) -> float:
-    return float(scores.std(correction=0)) or 1.0
+    reaches = [float(form.quantile(1 - rate / 2) - form.median()) or 1.0 for form in forms]
+    return [number for form, reach in zip(forms, reaches, strict=True) for number in (float(form.median()), reach)]
 
 
 def _energies(
