@@ -12,7 +12,7 @@ from moa.low_rank import LowRank
 from moa.merging.elementwise import ACTS_ON_ENTRIES
 from moa.merging.entrywise import check_density
 from moa.merging.registry import Merged, merge_method
-from moa.merging.streaming import DenseRows, recompressed, spanned_rank
+from moa.merging.streaming import DenseRows, recompressed
 from moa.merging.thresholds import LAYER_SAMPLE, Search, See, sampled_places, settle
 
 
@@ -68,7 +68,7 @@ def consensus(
         users = ((D.abs() >= threshold * (M - D).abs()) & (D != 0)).sum(dim=0)
         kept += int((users >= k).sum())
         matrix[block] = M * (users >= k)
-    return recompressed(matrix, rank or spanned_rank(updates), seed, {"entries_kept": kept / matrix.numel()})
+    return recompressed(matrix, updates, rank, seed, {"entries_kept": kept / matrix.numel()})
 
 
 @merge_method(
@@ -105,7 +105,7 @@ def pcb(
     """
     dense = DenseRows(updates, weights)
     if not dense.factors:
-        return recompressed(torch.zeros(dense.shape), 1, seed)
+        return recompressed(torch.zeros(dense.shape), updates, 1, seed)
     sizes = weights[list(dense)].abs().to(torch.float32)
     scores = Scores(dense, float(sizes.mean()))
     least, most = scores.limits(density)
@@ -115,7 +115,7 @@ def pcb(
         shares = torch.where(most > least, (s - least) / (most - least), 1.0).clamp_(0, 1) * (s >= least)
         divisor = (sizes[:, None, None] / scores.size * shares).sum(dim=0)
         matrix[block] = (D * shares).sum(dim=0) / divisor.clamp_(min=torch.finfo().tiny)
-    return recompressed(matrix, rank or spanned_rank(updates), seed)
+    return recompressed(matrix, updates, rank, seed)
 
 
 class Scores:

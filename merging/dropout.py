@@ -17,7 +17,7 @@ from moa.low_rank import LowRank, stack, svd
 from moa.merging.elementwise import ACTS_ON_ENTRIES
 from moa.merging.entrywise import check_density
 from moa.merging.registry import Merged, merge_method
-from moa.merging.streaming import DenseRows, added, elected, recompressed, spanned_rank
+from moa.merging.streaming import DenseRows, added, elected, recompressed
 
 DROPS = {
     "identity": "it drops at random (nothing at density=1)",
@@ -68,7 +68,7 @@ def dare_linear(
     dense = DenseRows(updates, weights / density)
     thin = {i: RandomDrop(density, seeds[i]) for i in dense}
     facts = {"noise_ratio": _noise_ratio(updates, weights, density)}
-    return recompressed(added(dense, thin), rank or spanned_rank(updates), seed, facts)
+    return recompressed(added(dense, thin), updates, rank, seed, facts)
 
 
 @merge_method(
@@ -103,7 +103,7 @@ def dare_ties(
     dense = DenseRows(updates, weights / density)
     thin = {i: RandomDrop(density, seeds[i]) for i in dense}
     matrix, outvoted = elected(dense, thin, weights, election)
-    return recompressed(matrix, rank or spanned_rank(updates), seed, {"outvoted": outvoted})
+    return recompressed(matrix, updates, rank, seed, {"outvoted": outvoted})
 
 
 def check_chances(density: float, epsilon: float) -> None:
@@ -151,11 +151,10 @@ def della(
     """
     dense = DenseRows(updates, torch.ones_like(weights))  # chances are those of the update, whatever its weight
     thin = {i: DropBySize(density, epsilon, seeds[i], float(weights[i])) for i in dense}
-    rank = rank or spanned_rank(updates)
     if election == "none":
-        return recompressed(added(dense, thin), rank, seed)
+        return recompressed(added(dense, thin), updates, rank, seed)
     matrix, outvoted = elected(dense, thin, weights, election)
-    return recompressed(matrix, rank, seed, {"outvoted": outvoted})
+    return recompressed(matrix, updates, rank, seed, {"outvoted": outvoted})
 
 
 @merge_method("dare_rank", breaks=DROPS, check=check_drawn)

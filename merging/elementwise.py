@@ -15,7 +15,7 @@ from moa.low_rank import LowRank
 from moa.merging.entrywise import check_density
 from moa.merging.layers import Layers
 from moa.merging.registry import Merged, merge_method
-from moa.merging.streaming import DenseRows, added, elected, recompressed, spanned_rank
+from moa.merging.streaming import DenseRows, added, elected, recompressed
 from moa.merging.thresholds import Cut, thinnings
 
 ACTS_ON_ENTRIES = {
@@ -54,7 +54,7 @@ def magnitude(
     """
     dense = DenseRows(updates, weights)
     thin = thinnings(dense, Cut(density), layers if scope == "model" else None, module)
-    return recompressed(added(dense, thin), rank or spanned_rank(updates), seed)
+    return recompressed(added(dense, thin), updates, rank, seed)
 
 
 @merge_method(
@@ -97,7 +97,7 @@ def ties(
     dense = DenseRows(updates, weights)
     thin = thinnings(dense, Cut(density), layers if scope == "model" else None, module)
     matrix, outvoted = elected(dense, thin, weights, election, normalise)
-    return recompressed(matrix, rank or spanned_rank(updates), seed, {"outvoted": outvoted})
+    return recompressed(matrix, updates, rank, seed, {"outvoted": outvoted})
 
 
 def check_shares(density: float, gamma: float) -> None:
@@ -142,8 +142,7 @@ def breadcrumbs(
     """
     dense = DenseRows(updates, weights)
     thin = thinnings(dense, Cut(density, gamma), layers if scope == "model" else None, module)
-    rank = rank or spanned_rank(updates)
     if election == "none":
-        return recompressed(added(dense, thin), rank, seed)
+        return recompressed(added(dense, thin), updates, rank, seed)
     matrix, outvoted = elected(dense, thin, weights, election)
-    return recompressed(matrix, rank, seed, {"outvoted": outvoted})
+    return recompressed(matrix, updates, rank, seed, {"outvoted": outvoted})

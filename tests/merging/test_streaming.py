@@ -10,7 +10,7 @@ from moa.low_rank import LowRank
 from moa.merging import streaming, thresholds
 from moa.merging.layers import Layers
 from moa.merging.parallel import in_turn, using_threads
-from moa.merging.streaming import DenseRows, recompressed, spanned_rank
+from moa.merging.streaming import DenseRows, approximated, beginning, recompressed, spanned_rank
 from moa.merging.thresholds import Cut, thinnings, trims
 
 
@@ -135,6 +135,49 @@ def test_the_directions_that_updates_span_are_counted_once():
     assert spanned_rank([LowRank.zero((30, 20))]) == 1
 
 
+def merged_by_entries(updates):
+    """The entries of the sum that are as large as the largest fifth, float32: a matrix that leaves their span."""
+    total = sum(u.delta() for u in updates)
+    return torch.where(total.abs() >= total.abs().quantile(0.8), total, 0.0).float()
+
+
+def missed(matrix, approximation, rank):
+    """Share of the best energy at a rank, by a dense SVD, that an approximation does not keep."""
+    best = float(torch.linalg.svdvals(matrix.double())[:rank].square().sum())
+    error = float((matrix.double() - approximation.delta()).square().sum())
+    return (error - float(matrix.double().square().sum())) / best + 1
+
+
+@pytest.mark.parametrize(("shape", "ranks"), [((420, 500), (6, 6, 6, 6)), ((500, 420), (2, 4, 8, 3, 5))])
+def test_at_the_rank_that_the_updates_span_next_to_nothing_of_the_best_energy_is_missed(shape, ranks):
+    updates = [update(*shape, rank, seed) for seed, rank in enumerate(ranks)]
+    matrix, rank = merged_by_entries(updates), sum(ranks)
+    assert missed(matrix, recompressed(matrix, updates, None, seed=0).update, rank) < 1e-5
+    random = torch.randn(shape[1], rank + 16, generator=torch.Generator().manual_seed(0))
+    assert missed(matrix, approximated(matrix, random, rank), rank) > 1e-4
+
+
+@pytest.mark.parametrize(("rank", "bound"), [(2, 2e-3), (4, 2e-3), (12, 1e-5), (30, 5e-3), (48, 1e-2)])
+def test_below_and_above_the_rank_that_the_updates_span_little_of_the_best_energy_is_missed(rank, bound):
+    updates = [update(420, 500, 6, seed) for seed in range(4)]
+    matrix = merged_by_entries(updates)
+    assert missed(matrix, recompressed(matrix, updates, rank, seed=0).update, rank) < bound
+
+
+@pytest.mark.parametrize("rank", [3, 12])
+def test_order_factors_and_updates_of_zero_do_not_matter_to_a_large_layer(rank):
+    updates = [update(300, 260, 4, seed) for seed in range(3)]
+    matrix = merged_by_entries(updates)
+    expected = recompressed(matrix, updates, rank, seed=0).update.delta()
+    G = torch.eye(4, dtype=torch.float64) + 0.5 * torch.ones(4, 4, dtype=torch.float64).triu()
+    a, b, c = updates
+    refactored = LowRank(a.B @ torch.linalg.inv(G), G @ a.A)
+    idle = LowRank(0 * b.B, update(300, 260, 4, 9).A)
+    for same in ([c, a, b], [refactored, b, c], [a, idle, b, c]):
+        got = recompressed(matrix, same, rank, seed=0).update.delta()
+        assert (got - expected).norm() < 1e-5 * expected.norm()
+
+
 @pytest.mark.parametrize("shape", [(200, 260), (260, 200)])
 def test_a_large_layer_is_recompressed_near_the_best_rank_repeatably_and_leaves_the_global_generator_alone(shape):
     o, n = shape
@@ -142,7 +185,7 @@ def test_a_large_layer_is_recompressed_near_the_best_rank_repeatably_and_leaves_
     matrix = torch.randn(o, 12) @ torch.diag(torch.logspace(0, -3, 12)) @ torch.randn(12, n)
     matrix += 1e-3 * torch.randn(o, n)
     state = torch.get_rng_state()
-    once, twice = (recompressed(matrix, 6, seed=5) for _ in range(2))
+    once, twice = (recompressed(matrix, [update(o, n, 4, 0)], 6, seed=5) for _ in range(2))
     assert torch.equal(state, torch.get_rng_state())
     assert torch.equal(once.update.B, twice.update.B)
     best = torch.linalg.svdvals(matrix.double())[6:].square().sum()
@@ -154,18 +197,17 @@ def test_a_large_layer_is_recompressed_near_the_best_rank_repeatably_and_leaves_
 def test_layers_recompressed_at_the_same_time_are_what_each_is_alone():
     matrix = torch.randn(90, 80, generator=torch.Generator().manual_seed(0))
     seeds = {str(seed): seed for seed in range(120)}
-    alone = [recompressed(matrix, 4, seed).update.B for seed in seeds.values()]
-    state = torch.get_rng_state()
+    once = lambda seed: recompressed(matrix, [update(90, 80, 2, 0)], 4, seed).update.B
+    alone = [once(seed) for seed in seeds.values()]
     with using_threads(4):
-        together = list(in_turn(lambda name: recompressed(matrix, 4, seeds[name]).update.B, list(seeds)))
+        together = list(in_turn(lambda name: once(seeds[name]), list(seeds)))
     assert all(map(torch.equal, together, alone))
-    assert torch.equal(state, torch.get_rng_state())
 
 
 @pytest.mark.parametrize("shape", [(30, 50), (50, 30)])
 def test_at_the_full_rank_a_matrix_is_kept_to_the_last_bit(shape):
     matrix = 1e-4 * torch.randn(*shape, generator=torch.Generator().manual_seed(0))
-    merged = recompressed(matrix, 30, seed=0)
+    merged = recompressed(matrix, [update(*shape, 2, 0)], 30, seed=0)
     assert merged.dropped == 0 and merged.update.rank == 30
     assert torch.equal(merged.update.delta(), matrix.double())
     sizes = [float(factor.abs().max()) for factor in (merged.update.B, merged.update.A)]
@@ -173,10 +215,19 @@ def test_at_the_full_rank_a_matrix_is_kept_to_the_last_bit(shape):
 
 
 @pytest.mark.parametrize("size", [10, 400])
-@pytest.mark.parametrize("rank", [3, "full"])
-def test_a_matrix_of_zeros_is_recompressed_to_zeros(size, rank):
-    merged = recompressed(torch.zeros(size, size), size if rank == "full" else rank, seed=0)
+@pytest.mark.parametrize("rank", [None, 3, "full"])
+@pytest.mark.parametrize("updates", [0, 1])
+def test_a_matrix_of_zeros_is_recompressed_to_zeros(size, rank, updates):
+    given = [LowRank.zero((size, size)), *(update(size, size, 2, seed) for seed in range(updates))]
+    merged = recompressed(torch.zeros(size, size), given, size if rank == "full" else rank, seed=0)
     assert merged.update.norm() == 0 and merged.dropped == 0
+
+
+@pytest.mark.parametrize("size", [1e-25, 1e25])
+def test_very_small_and_very_large_updates_have_a_beginning(size):
+    start = beginning([update(90, 80, 9, 0).scaled(size), update(90, 80, 9, 1).scaled(size)], 16, seed=0)
+    assert torch.isfinite(start).all()
+    assert torch.linalg.matrix_rank(start) == 16
 
 
 def test_factors_that_cancel_are_no_update():
