@@ -3,7 +3,7 @@
     merge_state.json                  format, kind, members with weights and hashes, name and hash of the other files
     state-<hash>.safetensors          bases and coordinates, float64
     statistics-<hash>.safetensors     of each member, where the state keeps them
-    merge_state.lock                  empty, locked while `merge_kept` changes the state
+    merge_state.lock                  empty, locked while `merge_kept` creates or changes the state
 
 A new version is complete when its JSON file has replaced the old one; a crash before leaves the old version whole.
 """
@@ -13,7 +13,7 @@ import logging
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -31,18 +31,39 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def held(directory: Path) -> Iterator[None]:
-    """Let nobody else change the state of this folder, if there is one; waits for one who does."""
-    if not (directory / MANIFEST).is_file():
-        yield
-        return
+    """Let nobody else create or change the state of this folder; waits for one who does.
+
+    A new folder is there from now on, for the lock, and goes again where no state comes to be in it.
+    """
+    made: set[Path] = set()
     lock = FileLock(directory / LOCK)
     try:
-        got = lock.acquire(timeout=0)
-    except Timeout:
-        logger.info("waiting for another merge, which changes %s", directory)
-        got = lock.acquire()
-    with got:
-        yield
+        _acquire(lock, directory, made)
+        try:
+            yield
+        finally:
+            if not (directory / MANIFEST).is_file():
+                (directory / LOCK).unlink(missing_ok=True)
+            lock.release()
+    finally:
+        for folder in sorted(made, reverse=True):  # those inside before those around
+            with suppress(OSError):  # something is in it
+                folder.rmdir()
+
+
+def _acquire(lock: FileLock, directory: Path, made: set[Path]) -> None:
+    """Take the lock, in a folder that is made for it; what was not there is added to `made`."""
+    timeout = 0
+    while not lock.is_locked:
+        made.update(folder for folder in (directory, *directory.parents) if not folder.exists())
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            lock.acquire(timeout)
+        except FileNotFoundError:
+            continue  # one who gave up has taken the folder away
+        except Timeout:
+            logger.info("waiting for another merge, which creates or changes %s", directory)
+            timeout = -1
 
 
 def write_state(
@@ -64,6 +85,7 @@ def write_state(
     check_ours(directory)
     new = not directory.exists()
     directory.mkdir(parents=True, exist_ok=True)
+    before = set(directory.iterdir())
     partial = directory / f"{uuid.uuid4().hex[:8]}.partial"
     try:
         kept = {name: known.stored_in(directory) for name, known in statistics.items()}
@@ -79,6 +101,9 @@ def write_state(
     except BaseException:
         if new and not (directory / MANIFEST).exists():
             shutil.rmtree(directory, ignore_errors=True)
+        elif not (directory / MANIFEST).exists():
+            for written in filter(_is_ours, set(directory.iterdir()) - before):
+                written.unlink()
         raise
     finally:
         partial.unlink(missing_ok=True)

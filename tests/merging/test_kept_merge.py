@@ -1,6 +1,7 @@
 """`moa merge --state`: whatever came, went or was re-weighted is as a fresh merge; a refusal changes nothing."""
 
 import json
+import logging
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,6 +16,7 @@ from moa.merging.cli import main
 from moa.merging.incremental import MergeState
 from moa.merging.kept_merge import merge_kept
 from moa.merging.layers import no_progress
+from moa.merging.state_files import held
 
 WEIGHTS = ["0.7", "0.5", "-0.9"]
 
@@ -288,3 +290,44 @@ def test_changes_at_the_same_time_come_one_after_the_other(folders, kept, tmp_pa
     with ThreadPoolExecutor(len(more)) as pool:
         list(pool.map(lambda folder: merge_kept(kept, add=[f"{folder}=0.5"], progress=no_progress), more))
     assert set(MergeState.load(kept).members) == {"a", "b", *(folder.name for folder in more)}
+
+
+def test_of_two_that_create_one_state_at_the_same_time_one_is_refused_and_writes_nothing(folders, tmp_path):
+    def create(adapters):
+        output = tmp_path / f"from-{adapters[0].name}"
+        try:
+            merge_kept(tmp_path / "new" / "kept", adapters=adapters, output=output, progress=no_progress)
+        except ValueError as error:
+            return str(error), output
+        return {adapter.name for adapter in adapters}, output
+
+    with ThreadPoolExecutor(2) as pool:
+        (first, written), (second, not_written) = pool.map(create, [folders[:2], folders[1:]])
+    if isinstance(first, str):
+        first, second, written, not_written = second, first, not_written, written
+    assert "holds a merge already: change it by --add, --remove and --reweight" in second
+    assert written.exists() and not not_written.exists()
+    assert set(MergeState.load(tmp_path / "new" / "kept").members) == first
+
+
+def test_one_who_waited_creates_the_state_where_the_other_gave_up(folders, tmp_path, caplog):
+    kept = tmp_path / "new" / "kept"
+    caplog.set_level(logging.INFO, "moa.merging.state_files")
+    with ThreadPoolExecutor(1) as pool:
+        with pytest.raises(ValueError, match="gave up"), held(kept):
+            waiting = pool.submit(merge_kept, kept, adapters=folders[:2], progress=no_progress)
+            while "waiting for another merge" not in caplog.text:
+                assert not waiting.done()
+            raise ValueError("gave up")
+        waiting.result()
+    assert set(MergeState.load(kept).members) == {"a", "b"}
+
+
+def test_one_who_gives_up_leaves_no_folder_and_what_was_there_before(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "state-0.safetensors").touch()  # its manifest was lost
+    for folder in ("new/kept", "empty", "damaged"):
+        with pytest.raises(KeyboardInterrupt), held(tmp_path / folder):
+            raise KeyboardInterrupt
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["damaged", "empty", "state-0.safetensors"]
