@@ -13,7 +13,15 @@ from moa.errors import one_line
 from moa.low_rank import LowRank
 from moa.merging.asked import Asked
 from moa.merging.carried import Beside, beside_updates, check_carried, check_nothing_beside
-from moa.merging.checks import agreed, check_same_base, checked_weights, common_base, layer_ranks, read_all
+from moa.merging.checks import (
+    agreed,
+    check_same_base,
+    checked_weights,
+    common_base,
+    common_shapes,
+    layer_ranks,
+    read_all,
+)
 from moa.merging.finishing import Finish, Finished
 from moa.merging.given import for_layers, known_statistics
 from moa.merging.layers import Layers, Progress, no_progress
@@ -141,7 +149,8 @@ def merge(
     members = Members(sources, checked_weights(weights, len(sources)))
     if check_base:
         check_same_base(sources, base)
-    ranks = _checked_ranks(asked, members)
+    check_together(asked, members)
+    ranks = layer_ranks("full" if asked.rule else asked.rank, chosen, members.merging, members.shapes)
     stored = asked.dtype or widest(adapter.dtype for adapter in members.merging)
 
     beside = beside_updates(
@@ -157,13 +166,12 @@ def merge(
     return replace(result, path=_write(output, result)) if output else result
 
 
-def _checked_ranks(asked: Asked, members: Members) -> dict[str, int | None]:
-    """The rank to ask of each layer, under a rule the most it may have; refuses what cannot be merged together."""
-    shapes = members.shapes
+def check_together(asked: Asked, members: Members) -> None:
+    """Refuse adapters that cannot be merged together in this way: sizes, and what they hold beside their updates."""
+    common_shapes(members.merging)
     check_carried(members.merging, asked.method, members.kinds, asked.base)
     if asked.restore_norm:
         check_nothing_beside(members.merging)
-    return layer_ranks("full" if asked.rule else asked.rank, asked.method, members.merging, shapes)
 
 
 def _finished(

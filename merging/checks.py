@@ -179,6 +179,14 @@ def common_kinds(sources: Sequence[Adapter]) -> dict[str, Kind]:
     return {module: kind for module, kind in kinds.items() if kind != LINEAR}
 
 
+def check_rank(rank: int | str | None, method: MergeMethod) -> None:
+    """Refuse a rank that the method does not take, or that is none."""
+    if rank is not None and "rank" not in method.parameters:
+        raise ValueError(f"{method.name} keeps every rank it is given and takes no rank: use svd to choose one")
+    if rank not in (None, "full") and (isinstance(rank, bool) or not isinstance(rank, int)):
+        raise TypeError(f"rank must be a whole number, auto or full, got {rank!r}")
+
+
 def layer_ranks(
     rank: int | str | None,
     method: MergeMethod,
@@ -189,10 +197,9 @@ def layer_ranks(
 
     A rank that no layer can have is refused; a layer that holds fewer ranks keeps those it has.
     """
+    check_rank(rank, method)
     if rank is None:
         return dict.fromkeys(sizes)
-    if "rank" not in method.parameters:
-        raise ValueError(f"{method.name} keeps every rank it is given and takes no rank: use svd to choose one")
     stacked: Counter[str] = Counter()
     for adapter in sources:
         stacked.update({module: shape.r for module, shape in adapter.shapes.items()})
@@ -202,8 +209,6 @@ def layer_ranks(
         most = {module: min(stacked[module], *size) for module, size in sizes.items()}
     if rank == "full":
         return dict(most)
-    if isinstance(rank, bool) or not isinstance(rank, int):
-        raise TypeError(f"rank must be a whole number, auto or full, got {rank!r}")
     if not 1 <= rank <= max(most.values()):
         what = "the size of the layers" if method.fills_the_layer else "all that these adapters hold together"
         raise ValueError(f"rank must be from 1 to {max(most.values())}, {what}, got {rank}")

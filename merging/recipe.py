@@ -28,12 +28,12 @@ import torch
 from moa.adapters import Adapter, read_adapter
 from moa.errors import nearest
 from moa.merging.api import MergeResult, merge
-from moa.merging.checks import before_training, check_output
+from moa.merging.checks import before_training
 from moa.merging.layers import Progress, no_progress
+from moa.merging.planned import Planned, asked_of
 from moa.merging.ranks import RankRule
 from moa.merging.registry import MergeMethod, find_method
 from moa.merging.report import REPORT_FILE
-from moa.peft_checks import widest
 from moa.yaml_options import read_mapping
 
 SETTINGS = tuple(
@@ -107,7 +107,7 @@ def _member_of(source: Mapping[str, Any]) -> dict[str, Any]:
 def merge_recipe(
     recipe: Mapping[str, Any], *, beside: Path = Path(), progress: Progress = no_progress, **instead: Any
 ) -> MergeResult:
-    """Do what a recipe says, the inner merges first.
+    """Do what a recipe says, the inner merges first, after all of it was checked that can be.
 
     Args:
         recipe: as read by `read_recipe`.
@@ -117,34 +117,50 @@ def merge_recipe(
             the adapters.
 
     Raises:
-        ValueError: an unknown key, a value of the wrong kind, no adapters, weights given twice, or an adapter that
-            is not what it was.
+        ValueError: an unknown key, a value of the wrong kind, no adapters, weights given twice, an adapter that is
+            not what it was, or two merges that write to one place.
     """
-    instead = {name: value for name, value in instead.items() if value is not None}
+    planned = _planned(recipe, beside, {name: value for name, value in instead.items() if value is not None})
+    planned.check()
+    return planned.merged(progress)
+
+
+def _planned(recipe: Mapping[str, Any], beside: Path, instead: Mapping[str, Any]) -> Planned:
+    """What a recipe says, with its adapters read; nothing is merged."""
     recipe = {**_located(recipe, beside), **instead}
     members = recipe.pop("adapters", None)
     if not isinstance(members, list | tuple) or not members:
         raise ValueError("a recipe names its adapters in a list `adapters:`, and this one has none")
-    method = find_method(str(recipe.pop("method", "svd")))
-    settings = {key: _of_kind(key, recipe.pop(key)) for key in SETTINGS if key in recipe}
-    settings = {key: value for key, value in settings.items() if value is not None}
-    if "rank" in settings:
-        settings["rank"] = _rank(settings["rank"])
-    objective = recipe.pop("objective", None)
-    for key in recipe:
-        if key not in method.options and (hint := nearest(str(key), ("method", *SETTINGS))):
-            raise ValueError(f"a recipe has no key {key!r}{hint}")
-    check_options(method, recipe)
-    if "output" in settings:
-        check_output(settings["output"])
+    called = str(recipe.pop("method", "svd"))
+    method = find_method(called)
+    settings, options = _settings(recipe), _options(recipe, method)
+    asked = asked_of(method, settings, options)
     paths = [member["path"] if isinstance(member, Mapping) and "path" in member else member for member in members]
     initial = before_training(paths, settings.pop("initial", None) or {})
-    adapters, weights = zip(*(_member(member, beside, initial, progress) for member in members), strict=True)
+    adapters, weights = zip(*(_member(member, beside, initial) for member in members), strict=True)
     if any(weight is not None for weight in weights) and "weights" not in instead:
         if "weights" in settings:
             raise ValueError("a recipe gives weights either in one list or with each adapter, and this one does both")
         settings["weights"] = [1 / len(weights) if weight is None else weight for weight in weights]
-    return merge(adapters, method.name, objective=objective, progress=progress, **settings, **recipe)
+    return Planned(settings.get("name") or called, asked, adapters, settings | options)
+
+
+def _settings(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters of `merge` that have a value."""
+    settings = {key: _of_kind(key, recipe[key]) for key in (*SETTINGS, "objective") if recipe.get(key) is not None}
+    if "rank" in settings:
+        settings["rank"] = _rank(settings["rank"])
+    return settings
+
+
+def _options(recipe: Mapping[str, Any], method: MergeMethod) -> dict[str, Any]:
+    """All other keys, which must be options of the method."""
+    options = {key: value for key, value in recipe.items() if key not in (*SETTINGS, "objective")}
+    for key in options:
+        if key not in method.options and (hint := nearest(str(key), ("method", *SETTINGS))):
+            raise ValueError(f"a recipe has no key {key!r}{hint}")
+    check_options(method, options)
+    return options
 
 
 def _located(recipe: Mapping[str, Any], beside: Path) -> dict[str, Any]:
@@ -196,10 +212,8 @@ def _rank(rank: Any) -> Any:
     return RankRule(**rank)
 
 
-def _member(
-    member: Any, beside: Path, initial: Mapping[str, str | Path], progress: Progress
-) -> tuple[Adapter, float | None]:
-    """One of the adapters, and the weight that stands with it; `initial` has folders before training by path."""
+def _member(member: Any, beside: Path, initial: Mapping[str, str | Path]) -> tuple[Adapter | Planned, float | None]:
+    """An adapter or a merge, and the weight that stands with it; `initial` has folders before training by path."""
     if isinstance(member, str | Path):
         member = {"path": str(member)}
     if not isinstance(member, Mapping) or ("path" in member) == ("adapters" in member):
@@ -207,10 +221,7 @@ def _member(
     member = dict(member)
     weight = _of_kind("weight", member.pop("weight", None))
     if "adapters" in member:
-        name = member.get("name") or member.get("method", "svd")
-        inner = merge_recipe(member, beside=beside, progress=progress, dtype=member.get("dtype") or "float64")
-        stored = widest(getattr(torch, source.dtype) for source in inner.report.sources)
-        return replace(inner.adapter(name), dtype=stored), weight
+        return _planned(member, beside, {"dtype": member.get("dtype") or "float64"}), weight
     for key in member:
         if key not in MEMBER:
             raise ValueError(f"an adapter of a recipe has {', '.join(MEMBER)}, got {key!r}{nearest(str(key), MEMBER)}")

@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+import shutil
 import warnings
 
 import pytest
@@ -276,6 +277,51 @@ def test_a_recipe_that_makes_no_sense_is_one_sentence_and_status_two(
 ):
     assert said in refusal(main, ["--config", str(recipe(content)), "--output", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("outer", "said"),
+    [
+        ({"scale": 0}, "scale must be a finite number other than 0"),
+        ({"dtype": "int8"}, "dtype must be one of"),
+        ({"method": "tis"}, "there is no merge method 'tis'"),
+        ({"method": "ties", "density": 2}, "density"),
+        ({"method": "concatenation", "rank": 3}, "takes no rank"),
+        ({"method": "lorahub"}, "looks for weights by examples and was given none"),
+        ({"statistics": ["x"]}, "svd looks at no statistics"),
+        ({"weights": [1]}, "weights must be one for each adapter: got 1 for 3"),
+        ({"weights": [0, 0, 0]}, "all weights are zero"),
+        ({"output": "INNER"}, "two merges of this recipe write to"),
+        ({"output": "INNER/outer"}, "two merges of this recipe write to"),
+        ({"last": "nowhere/at/all"}, "nowhere"),
+        ({"last": {"path": "b", "sha256": "00"}}, "the recipe says 00"),
+        ({"last": {"adapters": ["b"], "method": "ties", "density": 2}}, "density"),
+        ({"last": {"adapters": ["b", "other_base"]}}, "merge adapters of one base model"),
+        ({"last": {"adapters": ["other_base"]}}, "merge adapters of one base model"),
+        ({"last": "other_layers", "check_base": False}, "they belong to different base models"),
+        ({"last": "with_a_head", "check_base": False}, "whose merge depends on the base model's weights"),
+    ],
+)
+def test_what_is_wrong_outside_is_refused_before_an_inner_merge_is_written(
+    outer, said, folders, equal_rank_adapters, edit_config, edit_weights, recipe, refusal, tmp_path
+):
+    for name in ("other_base", "other_layers", "with_a_head"):
+        shutil.copytree(folders[2], tmp_path / name)
+    edit_config(tmp_path / "other_base", base_model_name_or_path="someone/else")
+    edit_weights(
+        tmp_path / "other_layers", lambda t: {k: v.repeat(2, 1) if "lora_B" in k else v for k, v in t.items()}
+    )
+    edit_config(tmp_path / "with_a_head", modules_to_save=["lm_head"])
+    edit_weights(tmp_path / "with_a_head", lambda t: t | {"base_model.model.lm_head.weight": torch.ones(3, 24)})
+    before = sorted(tmp_path.rglob("*"))
+    inner = {"output": str(tmp_path / "inner"), "adapters": ["a", "b"]}
+    asked = {key: value for key, value in outer.items() if key != "last"}
+    if "output" in asked:
+        asked["output"] = asked["output"].replace("INNER", inner["output"])
+    content = {"output": str(tmp_path / "out"), **asked, "adapters": ["a", inner, outer.get("last", "c")]}
+    file = recipe(content)
+    assert said in refusal(main, ["--config", str(file)])
+    assert sorted(path for path in tmp_path.rglob("*") if path != file) == before
 
 
 def test_settings_without_a_value_are_the_defaults(folders, tmp_path):
