@@ -13,6 +13,7 @@ from typing import Any, Union, get_args, get_origin
 import yaml
 
 from moa.errors import nearest, one_line
+from moa.yaml_nodes import composed
 
 NULL = "tag:yaml.org,2002:null"
 
@@ -31,16 +32,19 @@ def read_options(file: str) -> list[tuple[str, yaml.Node, str]]:
 
     Raises:
         FileNotFoundError: when there is no such file.
-        ValueError: when it is no YAML, is empty, is no mapping, or sets a key twice.
+        ValueError: when it is no YAML, is empty, is no mapping, sets a key twice, or has aliases that cannot be
+            written out.
     """
     path = Path(file)
     if not path.is_file():
         siblings = [str(p) for pattern in ("*.yaml", "*.yml") for p in path.parent.glob(pattern)]
         raise FileNotFoundError(f"--config {file}: there is no such file{nearest(file, siblings)}")
     try:
-        root = yaml.compose(path.read_text(encoding="utf-8"), Loader=_Loader)
+        root = composed(path.read_text(encoding="utf-8"), _Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{file} is not valid YAML: {one_line(error)}") from None
+    except ValueError as error:
+        raise ValueError(f"{file} cannot be read: {error}") from None
     if root is None:
         raise ValueError(f"{file} is empty: write one `name: value` a line, or leave --config out")
     if not isinstance(root, yaml.MappingNode):
@@ -55,10 +59,7 @@ def read_mapping(file: str) -> dict[str, Any]:
     Raises:
         FileNotFoundError, ValueError: as `read_options`.
     """
-    try:
-        return {key: _plain(node, where) for key, node, where in read_options(file)}
-    except RecursionError:
-        raise ValueError(f"{file} holds an alias (*name) of what it is itself part of: write it out") from None
+    return {key: _plain(node, where) for key, node, where in read_options(file)}
 
 
 def environment_of(node: yaml.Node, where: str) -> dict[str, str]:

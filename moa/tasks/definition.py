@@ -12,6 +12,7 @@ from moa.tasks.hub import Carve, HubSource
 from moa.tasks.names import unknown
 from moa.tasks.pocket import GENERATORS
 from moa.tasks.task import SPLITS, Task
+from moa.yaml_nodes import composed
 
 METRICS = ("accuracy", "squad", "rouge", "bleu")
 KINDS = {
@@ -77,8 +78,8 @@ def read_task(path: str | Path) -> Task:
     if not path.is_file():
         raise FileNotFoundError(f"no task file {path}: pass the path of a YAML file, or a name of the catalog")
     try:
-        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-        return _task(raw)
+        root = composed(path.read_text(encoding="utf-8"), _Loader)
+        return _task(None if root is None else _Loader("").construct_document(root))
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     except ValueError as error:
