@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from moa.adapters import check_name
+from moa.base_weights import check_place
 from moa.merging.checks import check_output, checked_dtype
 from moa.merging.provenance import seen_from
 from moa.merging.ranks import RankRule
@@ -29,6 +30,7 @@ class Asked:
     Raises:
         ValueError: a name, an output folder, a scale or a dtype that cannot be; statistics or an objective that
             nothing looks at, or no objective where the method needs one.
+        FileNotFoundError: a base model's folder that is not there, whether or not it will be needed.
         TypeError: a seed that is no whole number.
     """
 
@@ -53,6 +55,8 @@ class Asked:
             check_name(self.name)
         if self.output is not None:
             check_output(self.output)
+        if isinstance(self.base, str | Path):
+            check_place(self.base)
         if not math.isfinite(self.scale) or self.scale == 0:
             raise ValueError(f"scale must be a finite number other than 0, got {self.scale}")
         if isinstance(self.seed, bool) or not hasattr(self.seed, "__index__"):

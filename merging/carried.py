@@ -8,6 +8,7 @@ few, and have no rank; they are merged as
 an adapter without one counting as unchanged. A bias of lora_B is a difference already, and needs no base.
 """
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -21,6 +22,7 @@ from moa.base_weights import BaseWeights, open_base
 from moa.merging.dora import DoraMerge
 from moa.merging.registry import MergeMethod
 
+logger = logging.getLogger(__name__)
 PART = 2**22
 """Values of a large parameter that are computed at once in float64."""
 
@@ -101,6 +103,8 @@ def beside_updates(
 ) -> Beside:
     """Merge what adapters hold beside their updates, after `check_carried`; nothing for plain LoRA."""
     if not any(adapter.extras for adapter in adapters):
+        if base is not None:
+            logger.info("the base model was not needed, and not read: the adapters hold nothing beside their updates")
         return Beside(Extras(), None, None)
     against = None if base is None else open_base(base)
     weights = linear_weights(weights, method)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from moa.base_model import HUB_NAME, resolve_base_model
+from moa.base_model import BUNDLED_MODEL, HUB_NAME, resolve_base_model
 from moa.extras import EMBEDDING, LINEAR, Kind
 from moa.peft_checks import AdapterError, changes_the_base
 
@@ -148,12 +148,21 @@ def _plain_name(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in wrappers)
 
 
+def check_place(base: str | Path) -> None:
+    """Refuse a path that is neither a folder nor can be a name on the Hub, where nothing is looked up.
+
+    Raises:
+        FileNotFoundError: no such folder.
+    """
+    if not (Path(base).is_dir() or str(base) == BUNDLED_MODEL or HUB_NAME.fullmatch(str(base))):
+        raise FileNotFoundError(f"there is no base model folder {base}: check the path")
+
+
 def _locate(base: str | Path) -> Path:
+    check_place(base)
     folder = Path(resolve_base_model(str(base)))
     if folder.is_dir():
         return folder
-    if not HUB_NAME.fullmatch(str(base)):
-        raise FileNotFoundError(f"there is no base model folder {base}: check the path")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 

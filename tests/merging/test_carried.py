@@ -18,6 +18,7 @@ from moa.adapters import AdapterError, Extras, add_to_model, from_model, read_ad
 from moa.base_weights import open_base
 from moa.low_rank import LowRank
 from moa.merging import find_method, merge, merge_recipe, read_recipe
+from moa.merging.cli import main
 from moa.merging.dora import row_norms
 
 SIZES = {"num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 40}
@@ -511,6 +512,22 @@ def test_the_report_says_what_was_carried_and_against_which_base(base, folders, 
     )
     assert (tmp_path / "out" / stored["base_weights"]).resolve() == Path(base.name_or_path).resolve()
     assert any("trainable tokens (1)" in line for line in report._lines())
+
+
+@pytest.mark.parametrize("place", ["nowhere", "./no/where", "/no/where/at/all"])
+def test_a_base_folder_that_is_not_there_is_refused_also_where_none_is_needed(place, folders, tmp_path):
+    folders(ONE, TWO)
+    with pytest.raises(FileNotFoundError, match=f"there is no base model folder {place}: check the path"):
+        merge([tmp_path / "a"], base=place, check_base=False, output=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_base_model_that_is_not_needed_is_said_to_be_so(base, folders, tmp_path, caplog):
+    folders(ONE, {**ONE, "use_dora": True})
+    for name, told in (("a", True), ("b", False)):
+        caplog.clear()
+        main([str(tmp_path / name), "--base", base.name_or_path, "--output", str(tmp_path / f"out-{name}")])
+        assert ("the base model was not needed, and not read" in caplog.text) == told
 
 
 def test_an_opened_base_can_be_given_again(base, folders, tmp_path):
