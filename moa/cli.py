@@ -1,9 +1,10 @@
 """The `moa` command: one table from command to module, each imported only when its command is called."""
 
 import importlib
+import signal
 import sys
 
-from moa.errors import nearest, run
+from moa.errors import INTERRUPTED, nearest, run
 
 COMMANDS = {
     "merge": ("moa.merging.cli", "merge LoRA adapters into one"),
@@ -30,6 +31,16 @@ examples:
   moa methods
   moa train-lora --task sst2 --model Qwen/Qwen2-0.5B
 """
+
+
+def entry_point() -> None:
+    """`moa` as a process of its own: once Ctrl-C has ended it, another one does not disturb how Python shuts down."""
+    try:
+        main()
+    except SystemExit as stop:
+        if stop.code == INTERRUPTED:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+        raise
 
 
 @run

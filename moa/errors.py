@@ -14,6 +14,8 @@ from typing import Any, NoReturn, ParamSpec, TypeVar
 from safetensors import SafetensorError
 
 NEGATIVE_NUMBER = re.compile(r"-(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$")
+INTERRUPTED = 130
+"""Exit status after Ctrl-C."""
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -37,7 +39,7 @@ def run(main: Callable[P, T]) -> Callable[P, T]:
                 print(end="", flush=True)  # at exit, where Python would flush, nothing could catch the error
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
-            raise SystemExit(130) from None
+            raise SystemExit(INTERRUPTED) from None
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left of the output goes nowhere
             raise SystemExit(1) from None

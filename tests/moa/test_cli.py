@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import signal
 import subprocess
 import sys
 import types
@@ -9,7 +10,7 @@ import warnings
 
 import pytest
 
-from moa.cli import COMMANDS, main
+from moa.cli import COMMANDS, entry_point, main
 from moa.errors import OneLineParser
 
 
@@ -45,6 +46,32 @@ def test_ctrl_c_while_a_command_is_imported_is_one_word(monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         main(["merge"])
     assert stop.value.code == 130 and capsys.readouterr().err == "interrupted\n"
+
+
+def test_more_ctrl_c_while_python_shuts_down_are_no_traceback():
+    program = """
+import atexit, importlib, os, signal, sys
+from moa import cli
+
+def interrupted(name):
+    raise KeyboardInterrupt
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+atexit.register(lambda: (os.kill(os.getpid(), signal.SIGINT), print("shut down")))
+importlib.import_module = interrupted
+sys.argv = ["moa", "merge"]
+cli.entry_point()
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "shut down\n", "interrupted\n")
+
+
+def test_ctrl_c_goes_on_to_work_where_a_command_ended_otherwise(monkeypatch):
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(sys, "argv", ["moa", "mrge"])
+    with pytest.raises(SystemExit):
+        entry_point()
+    assert signal.getsignal(signal.SIGINT) == before
 
 
 @pytest.mark.parametrize("printed", ["'word\\n'", "'word\\n' * 100_000"])
