@@ -21,6 +21,7 @@ from moa.config import FALLBACK, Fallback, RouterConfig
 from moa.mixture import install
 from moa.peft_export import adapter_dtype
 from moa.router import SequenceRouter
+from moa.router_checks import check_prompts_have_tokens
 from moa.router_rows import check_growable, folds, with_expert, without_expert
 from moa.routing import check_mode
 from moa.strangeness import strangeness
@@ -191,12 +192,17 @@ def _widened(router: SequenceRouter, fitted: RouterConfig, pooled: Float[Tensor,
 def pooled_prompts(
     model: MoaModel, tokenizer: PreTrainedTokenizerBase | None, *of_experts: Prompts, layer: int | None = None
 ) -> list[Float[Tensor, "prompts hidden"]]:
-    """What the router, or the one at another depth, reads of some prompts of each expert: one prefix pass."""
+    """What the router, or the one at another depth, reads of some prompts of each expert: one prefix pass.
+
+    Raises:
+        ValueError: another tokenizer than the router's own, or a prompt without a token.
+    """
     if not any(of_experts):
         return [torch.empty(0) for _ in of_experts]
     tokenizer = tokenizer or load_tokenizer(model.moa_config.base_model)
     model.check_tokenizer(tokenizer)
     texts = [one if isinstance(one, str) else one.prompt for prompts in of_experts for one in prompts]
+    check_prompts_have_tokens(texts, tokenizer(texts)["input_ids"])
     pooled = []
     starts = range(0, len(texts), BATCH)
     for start in track(starts, description=f"reading {len(texts)} prompts", transient=True):

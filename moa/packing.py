@@ -34,13 +34,13 @@ def sequence_of_tokens(
         needed: whether what runs differs between the sequences.
 
     Raises:
-        ValueError: a packed row that does not say which token is whose, or that comes with a cache.
+        ValueError: a packed row that does not say which token is whose, with a sequence of no token, or that comes
+            with a cache.
     """
-    lengths = given.get("cu_seq_lens_q")
+    bounds = given.get("cu_seq_lens_q")
     indices = given.get("seq_idx")
-    if indices is None and lengths is not None:
-        lengths = lengths.diff()
-        indices = torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths)[None]
+    if indices is None and bounds is not None:
+        indices = _between(bounds)
     restart = indices is None and _restart(given.get("position_ids"), attention_mask)
     if restart and needed:
         raise ValueError(
@@ -61,6 +61,17 @@ def sequence_of_tokens(
     if given.get("position_ids") is None:  # else nothing tells the attention that these are several sequences
         given["position_ids"] = _positions(indices)
     return indices if needed else None
+
+
+def _between(bounds: Int[Tensor, " sequences_and_1"]) -> Int[Tensor, "1 tokens"]:
+    """The index of each token's sequence, of which each ends where the next one starts."""
+    lengths = bounds.diff()
+    if (lengths < 1).any():  # the sequences after it would take the routes of those before them
+        raise ValueError(
+            f"each sequence of a packed row has a token or more: got cu_seq_lens_q {bounds.tolist()}, leave empty "
+            "sequences out"
+        )
+    return torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths)[None]
 
 
 def _positions(indices: Int[Tensor, "1 tokens"]) -> Int[Tensor, "1 tokens"]:

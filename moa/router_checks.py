@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from moa.config import Objective, RouterConfig
@@ -83,4 +84,14 @@ def check_tokenizer(fitted: RouterConfig, tokenizer: PreTrainedTokenizerBase) ->
             raise ValueError(
                 f"the router was fitted with another {what} than that of {tokenizer.name_or_path!r}: "
                 "load the one it was fitted with, or fit it again with 'moa fit-router'"
+            )
+
+
+def check_prompts_have_tokens(prompts: Sequence[str], ids: Sequence[Sequence[int]]) -> None:
+    """Refuse a prompt that the tokenizer makes nothing of, for a router would read nothing of it."""
+    for place, (prompt, tokens) in enumerate(zip(prompts, ids, strict=True)):
+        if not len(tokens):
+            raise ValueError(
+                f"a router reads the tokens of prompts, and prompt {place} of {len(prompts)}, {prompt!r:.60}, has "
+                "none: leave it out, or give it a text"
             )

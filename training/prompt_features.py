@@ -20,6 +20,7 @@ from moa.base_model import cache_dir
 from moa.fingerprint import fingerprint
 from moa.prefix import prompt_states, prompt_tokens
 from moa.router import POOLINGS
+from moa.router_checks import check_prompts_have_tokens
 
 
 class PromptFeatures:
@@ -29,6 +30,9 @@ class PromptFeatures:
         base_model: whose hidden states they are; it must run without adapters while they are computed.
         prompts: their texts.
         batch_size: prompts at once; changes nothing but the speed.
+
+    Raises:
+        ValueError: a prompt without a token.
     """
 
     def __init__(
@@ -41,7 +45,9 @@ class PromptFeatures:
     ):
         self.base_model, self.tokenizer, self.prompts = base_model, tokenizer, list(prompts)
         self.batch_size = batch_size
-        read = [fingerprint(base_model), len(tokenizer), tokenizer(self.prompts)["input_ids"]]
+        ids = tokenizer(self.prompts)["input_ids"]
+        check_prompts_have_tokens(self.prompts, ids)
+        read = [fingerprint(base_model), len(tokenizer), ids]
         self._folder = cache_dir() / "features" / hashlib.sha256(json.dumps(read).encode()).hexdigest()[:32]
 
     def __len__(self) -> int:

@@ -216,6 +216,13 @@ def test_a_merge_of_chosen_experts_stays_one_of_those(model, adapters):
             lambda model, path: model.add_expert("films", path, PROMPTS["films"], held_out={"birds": ["one"]}),
             "held-out prompts of 'birds', which is no expert",
         ),
+        (lambda model, path: model.add_expert("films", path, ["a film", ""]), "prompt 1 of 2, '', has none"),
+        (lambda model, path: model.add_expert("films", path, ["", " "]), "prompt 0 of 2, '', has none"),
+        (
+            lambda model, path: model.add_expert("films", path, PROMPTS["films"], held_out={"cats": [" "]}),
+            "prompt 6 of 7, ' ', has none",
+        ),
+        (lambda model, path: model.remove_expert("cats", held_out={"dogs": [""]}), "prompt 0 of 1, '', has none"),
         (lambda model, path: model.remove_expert("birds"), "no expert is called 'birds'"),
     ],
 )

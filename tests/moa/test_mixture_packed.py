@@ -1,5 +1,8 @@
 """Padding-free packed rows against the padded batch, and against each adapter alone."""
 
+import re
+from contextlib import nullcontext
+
 import pytest
 import torch
 from peft import PeftModel
@@ -110,6 +113,17 @@ def test_what_is_alike_for_all_sequences_needs_no_indices(model, packed):
     for block in (model.using_base, lambda: model.using("dogs"), lambda: model.pinned(Routing(torch.eye(3)[:1]))):
         with block():
             torch.testing.assert_close(model(**hint).logits, model(**packed).logits)
+
+
+@pytest.mark.parametrize("bounds", [[0, 5, 5, 15], [0, 0, 5, 15], [0, 5, 15, 15], [0, 8, 5, 15]])
+@pytest.mark.parametrize("names", [None, ["dogs", "films"]])
+def test_an_empty_packed_sequence_is_refused_before_the_next_one_takes_its_route(model, packed, bounds, names):
+    row = {"input_ids": packed["input_ids"], "cu_seq_lens_q": torch.tensor(bounds)}
+    with (
+        nullcontext() if names is None else model.pinned(names),
+        pytest.raises(ValueError, match=rf"a token or more: got cu_seq_lens_q {re.escape(str(bounds))}"),
+    ):
+        model(**row)
 
 
 @pytest.mark.parametrize("inside", [False, True])

@@ -136,6 +136,13 @@ def test_features_are_read_once_and_only_of_layers_that_are_new(base_model, toke
             torch.testing.assert_close(first.states(layer)[index], states, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("prompts", [["one dog ran", "", "a film"], ["one dog ran", " "], ["", ""]])
+def test_a_prompt_without_a_token_has_no_features(base_model, tokenizer, prompts):
+    place = next(place for place, prompt in enumerate(prompts) if not prompt.strip())
+    with pytest.raises(ValueError, match=f"prompt {place} of {len(prompts)}, '.?', has none: leave it out"):
+        PromptFeatures(base_model, tokenizer, prompts)
+
+
 @pytest.mark.parametrize("objective, pooling", [("task", "attention"), ("language_model", "mean")])
 def test_a_killed_fit_resumes_to_the_same_router(command, mixture, monkeypatch, objective, pooling):
     words = command(*ONE, "--poolings", pooling, "--objective", objective, "--language_model_epochs", "3")
@@ -227,6 +234,13 @@ def one_example(tmp_path):
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text("".join(json.dumps(row) + "\n" for row in pocket_rows(generator, split)[:count]))
     return tmp_path / "data"
+
+
+def test_a_row_without_a_text_is_refused_before_anything_is_fitted(command, mixture, one_example, refusal):
+    file = one_example / "sst2" / "train.jsonl"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "sentence": " "}))
+    said = refusal(main, command(*ONE, "--data_dir", str(one_example)))
+    assert "train.jsonl, line 1: no text in 'sentence'" in said and not (mixture / "router_fit").exists()
 
 
 def test_a_task_with_one_example_works_and_says_what_rests_on_it(command, mixture, one_example, capsys):
