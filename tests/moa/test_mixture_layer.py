@@ -117,6 +117,39 @@ def test_a_row_of_zeros_among_hard_rows_runs_the_base_model(build, many, own_ran
         torch.testing.assert_close(mixed[1:2], logits(base_model, ids[1:2]))
 
 
+@pytest.fixture
+def folded(base_folder):
+    """Logits of a base model whose weights hold the experts' updates, each times its weight, as PEFT computes them."""
+
+    def folded(adapters, weights, ids):
+        base = AutoModelForCausalLM.from_pretrained(base_folder).eval()
+        for weight, adapter in zip(weights, adapters.values(), strict=True):
+            trained = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base_folder), adapter)
+            for name, module in trained.get_base_model().named_modules():
+                if hasattr(module, "get_delta_weight"):
+                    base.get_submodule(name).weight.data += weight * module.get_delta_weight("default")
+        return logits(base, ids)
+
+    return folded
+
+
+@pytest.mark.parametrize("few", [False, True])
+@pytest.mark.parametrize("order", [[0, 1, 2], [2, 0, 1], [1, 2, 0]])
+def test_rows_that_mix_choose_and_fall_back_in_one_batch_get_what_each_gets_alone(
+    build, many, folded, few, order, request
+):
+    if few:
+        request.getfixturevalue("few_ranks")
+    model, rows = build(many), torch.tensor([[0.25, 0.5, -0.25], [0.0, 1.0, 0.0], [0.0, 0.0, 0.0]])[order]
+    for ids in (PROMPT.repeat(1, 3), PROMPT[:, :1]):
+        with model.pinned(pinned(rows)):
+            mixed = logits(model, ids)
+        for row, weights in enumerate(rows.tolist()):
+            close(mixed[row : row + 1], folded(many, weights, ids[row : row + 1]))
+            with model.pinned(pinned([weights])):
+                close(mixed[row : row + 1], logits(model, ids[row : row + 1]))
+
+
 def test_hard_weights_of_each_layer_equal_the_product_over_all_factors(build, many, own_ranks, monkeypatch):
     chosen = torch.randint(0, 3, (3, 16), generator=torch.Generator().manual_seed(0))
     results = []

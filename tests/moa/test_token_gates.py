@@ -86,6 +86,26 @@ def test_gates_learn_from_the_language_model_loss_and_nothing_else_moves(model, 
     assert moved and all(name.startswith("moa_gates.") for name in moved)
 
 
+def test_checkpointing_gives_the_same_gradients_whatever_ran_between_forward_and_backward(opinionated):
+    found = []
+    opinionated.train().moa_gates.requires_grad_(True)
+    for checkpointing in (False, True):
+        opinionated.zero_grad()
+        if checkpointing:
+            opinionated.gradient_checkpointing_enable()
+            assert opinionated.get_base_model().is_gradient_checkpointing
+        loss = opinionated(input_ids=PROMPT, labels=PROMPT, use_cache=False).loss
+        with torch.no_grad(), opinionated.pinned(["cats", "dogs", "films"]):
+            opinionated(input_ids=PROMPT)
+        opinionated.set_granularity("sequence")
+        loss.backward()
+        opinionated.set_granularity("token", by="gates")
+        found.append({name: gate.grad for name, gate in opinionated.moa_gates.named_parameters()})
+    assert sum(grad.abs().sum() > 0 for grad in found[0].values()) == 2 * 4  # four layers have several experts
+    for name, grad in found[0].items():
+        assert torch.equal(found[1][name], grad)
+
+
 def test_a_saved_mixture_mixes_tokens_as_before(opinionated, base_folder, tmp_path):
     opinionated.save_pretrained(tmp_path / "saved")
     loaded = MoaModel.from_pretrained(str(base_folder), tmp_path / "saved")
