@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from moa.blocks import blocks_of, own_low_rank
 from moa.constants import constant
+from moa.product import shares_memory
 from moa.route_state import RouteState
 from moa.stack import Stack, crossed_low_rank, gated_low_rank
 
@@ -50,7 +51,7 @@ class GatedLayer(nn.Module):
         if self.route.weights is None and self.route.layer_router is None:
             return super().forward(x, *args, **kwargs)
         result = self.base_layer(x, *args, **kwargs)
-        if self.base_layer._forward_hooks:  # one of them may have kept it, and it is added to in place
+        if self.base_layer._forward_hooks or shares_memory(result, x):  # a hook may have kept what is added to
             result = result.clone()
         weights = self.route.weights_at(self.place, x)
         stack = self.current_stack(weights.shape[-1])

@@ -10,7 +10,7 @@ from torch import Tensor
 def plus_product(
     onto: Float[Tensor, "*batch o"], left: Float[Tensor, "*batch r"], right: Float[Tensor, "*row r o"]
 ) -> Float[Tensor, "*batch o"]:
-    """`onto + left @ right`, in the memory of `onto` where no gradient is wanted.
+    """`onto + left @ right`, in the memory of `onto` where no gradient is wanted and nothing is compiled.
 
     The product begins with what is there instead of zeros: one pass over `[tokens, o]`, where writing the update,
     reading it, and writing the sum are three, and one kernel instead of two.
@@ -21,8 +21,16 @@ def plus_product(
     wanted = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (onto, left, right))
     if wanted or not onto.is_contiguous() or not onto.dtype == left.dtype == right.dtype:
         return onto + left @ right
+    apart = torch.compiler.is_compiling()  # the compiler, which sees all uses of a tensor, finds memory itself
     if right.dim() == 2:
-        onto.view(-1, onto.shape[-1]).addmm_(left.reshape(-1, left.shape[-1]), right)
-    else:
-        onto.baddbmm_(left, right)
-    return onto
+        rows, left = onto.view(-1, onto.shape[-1]), left.reshape(-1, left.shape[-1])
+        return (rows.addmm if apart else rows.addmm_)(left, right).view(onto.shape)
+    return (onto.baddbmm if apart else onto.baddbmm_)(left, right)
+
+
+def shares_memory(result: Tensor, x: Tensor) -> bool:
+    """Whether a layer gave back what it read, or a part of it: then adding to the one changes the other.
+
+    Never in a compiled graph, where `plus_product` leaves `onto` as it is.
+    """
+    return not torch.compiler.is_compiling() and torch._C._is_alias_of(result, x)

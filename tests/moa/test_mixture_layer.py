@@ -566,6 +566,34 @@ def test_what_a_hook_saw_of_the_base_layer_stays_as_it_saw_it(build, adapters):
     close(output, torch.nn.functional.linear(x, layer.weight, layer.bias))
 
 
+GIVES_BACK = {
+    "itself": lambda x: x,
+    "a view": lambda x: x.view(-1, x.shape[-1]).view(x.shape),
+    "detached": lambda x: x.detach(),
+}
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("gives_back", GIVES_BACK)
+@pytest.mark.parametrize("few", [False, True])
+def test_a_base_layer_that_gives_back_what_it_reads_leaves_it(build, many, gives_back, few, compiled, request):
+    if few:
+        request.getfixturevalue("few_ranks")
+    torch._dynamo.reset()
+    model = build(many)
+    layer = model.get_base_model().model.layers[0].self_attn.q_proj
+    layer.base_layer.forward = GIVES_BACK[gives_back]
+    run = torch.compile(layer, backend="eager", fullgraph=True) if compiled else layer
+    x = torch.randn(3, 18, 32, generator=torch.Generator().manual_seed(0))
+    before = x.clone()
+    update = layer.scaling["cats"] * layer.lora_B["cats"].weight @ layer.lora_A["cats"].weight
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode(), model.pinned(["cats", "cats", "dogs"]):
+            got = run(x)
+        assert torch.equal(x, before)
+        close(got[:2].clone(), (x + x @ update.T)[:2].detach())
+
+
 def test_what_inference_mode_left_behind_can_be_trained_through(build, adapters):
     model, weights = build(adapters), torch.full((3, 3), 1 / 3)
     route = Routing(weights)
