@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from moa.low_rank import LowRank, svd
-from moa.mixture import GatedLayer
+from moa.mixture import GatedLayer, gated_layers
 
 
 class ArrowRouter:
@@ -37,8 +37,7 @@ class ArrowRouter:
         if top_k < 1 or not temperature > 0:
             raise ValueError(f"Arrow needs top_k of 1 or more and a positive temperature: got {top_k}, {temperature}")
         self.top_k, self.temperature = top_k, temperature
-        gated = sorted((one for one in base_model.modules() if isinstance(one, GatedLayer)), key=lambda one: one.place)
-        self.prototypes = [_prototypes(layer, experts) for layer in gated]
+        self.prototypes = [_prototypes(layer, experts) for layer in gated_layers(base_model)]
 
     def __call__(self, place: int, x: Float[Tensor, "batch tokens n"]) -> Float[Tensor, "batch tokens columns"]:
         prototypes = self.prototypes[place] = self.prototypes[place].to(x)

@@ -18,7 +18,6 @@ from moa.assembly import read_experts
 from moa.base_model import load_tokenizer
 from moa.calibration import conformal_quantile, fit_conformal
 from moa.config import FALLBACK, Fallback, RouterConfig
-from moa.mixture import install
 from moa.peft_export import adapter_dtype
 from moa.router import SequenceRouter
 from moa.router_checks import check_prompts_have_tokens
@@ -136,7 +135,7 @@ def _finish(
     merged = None if config.fallback is None else _still_merged(config.fallback, config.experts, experts)
     state.experts, config.experts, state.weights = experts, list(experts), None
     config.sha256, config.scores = {}, {}  # of files that are to be written, and of another mixture
-    install(model.get_base_model(), state)
+    model.gate_layers()
     model.moa_gates = None  # of other experts
     if config.granularity == "token":
         model.set_granularity("token", by=config.token_router)

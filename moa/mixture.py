@@ -14,7 +14,7 @@ swapped once, after loading; hooks would be gone when gradient checkpointing rec
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cache
 from typing import Any
 
@@ -29,7 +29,7 @@ from moa.product import shares_memory
 from moa.route_state import RouteState
 from moa.stack import Stack, crossed_low_rank, gated_low_rank
 
-__all__ = ["GatedLayer", "RouteState", "install", "refresh"]
+__all__ = ["GatedLayer", "RouteState", "gated_layers", "install"]
 
 
 class GatedLayer(nn.Module):
@@ -104,13 +104,24 @@ class GatedLayer(nn.Module):
         # without gradients too: FSDP2 gathers trained factors to old addresses, and keeps their version counters
         if True in [part.requires_grad for part in parts]:
             return self._build_stack(members, columns)
+        return self._kept_stack(members, parts, columns)
+
+    def keep_stack(self, columns: int) -> None:
+        """Stack the experts' factors as they are now, for a compiled forward to find; none that are in training."""
+        members = self._members(columns)
+        parts = self._parts(members.values())
+        if not any(part.requires_grad for part in parts):
+            self._kept_stack(members, parts, columns)
+
+    def _kept_stack(self, members: dict[int, str], parts: Sequence[Tensor], columns: int) -> Stack | None:
+        """What was stacked of these parts, which are as they were then, or anew."""
         if torch.compiler.is_compiling():
             return self.stacks[columns][1] if columns in self.stacks else self._build_stack(members, columns)
         built_from = members, [part.data_ptr() for part in parts], [part._version for part in parts]
         if columns not in self.stacks or self.stacks[columns][0] != built_from:
             with torch.inference_mode(False):  # a later forward may train what it meets on the way
                 self.stacks[columns] = built_from, self._build_stack(members, columns)
-        self.looked = looked
+        self.looked = self.route.steady, columns
         return self.stacks[columns][1]
 
     def _members(self, columns: int) -> dict[int, str]:
@@ -129,10 +140,6 @@ class GatedLayer(nn.Module):
             for name in self.lora_magnitude_vector.keys() & names:
                 parts += self.lora_magnitude_vector[name].weight, self.get_base_layer().weight
         return parts
-
-    def trains(self, columns: int) -> bool:
-        """Whether some expert's factors want gradients here, so that they are stacked anew in every forward."""
-        return any(part.requires_grad for part in self._parts(self._members(columns).values()))
 
     def _build_stack(self, members: dict[int, str], columns: int) -> Stack | None:
         if not members:
@@ -169,14 +176,9 @@ class GatedLayer(nn.Module):
         return dora.weight / dora.get_weight_norm(weight, update, self.scaling[name], adapter_name=name).detach()
 
 
-def refresh(base_model: nn.Module, columns: int) -> None:
-    """Stack the experts' factors as they are now, in every gated layer, for a compiled forward to find them.
-
-    Those in training it stacks itself.
-    """
-    for module in base_model.modules():
-        if isinstance(module, GatedLayer) and not module.trains(columns):
-            module.current_stack(columns)
+def gated_layers(base_model: nn.Module) -> list[GatedLayer]:
+    """The gated layers of a model, in the order of `RouteState.layers`."""
+    return sorted((one for one in base_model.modules() if isinstance(one, GatedLayer)), key=lambda one: one.place)
 
 
 def _repeated(values: Iterable[float], ranks: tuple[int, ...]) -> tuple[float, ...]:
@@ -192,8 +194,11 @@ def _of_columns(vectors: dict[str, Tensor], members: dict[int, str], columns: in
     return torch.stack([vectors.get(members.get(column), zeros) for column in range(columns)])
 
 
-def install(base_model: nn.Module, route: RouteState) -> None:
+def install(base_model: nn.Module, route: RouteState) -> tuple[GatedLayer, ...]:
     """Turn every LoRA layer of `base_model` into a gated one that reads `route`, and name them all in `route.layers`.
+
+    Returns:
+        The layers.
 
     Raises:
         ValueError: a layer whose adapter is neither LoRA nor DoRA of a linear layer.
@@ -207,6 +212,7 @@ def install(base_model: nn.Module, route: RouteState) -> None:
             module.route = route
         module.stacks, module.looked = {}, None  # columns may be other experts' now
         module.place = place  # another adapter may have come with layers before this one
+    return tuple(adapted.values())
 
 
 @cache

@@ -21,7 +21,7 @@ from moa.assembly import assemble, check_adapter_name
 from moa.base_model import load_base_model, portable_name
 from moa.config import FALLBACK, Fallback, MoaConfig, RouterConfig
 from moa.growing import Growth, Prompts, add_expert, remove_expert
-from moa.mixture import RouteState, install
+from moa.mixture import RouteState
 from moa.prefix import default_layer
 from moa.routed_model import RoutedModel
 from moa.routing import Granularity, RoutingMode
@@ -87,7 +87,7 @@ class MoaModel(RoutedModel):
         model.moa_router = model.moa_gates = None
         model.expert_folders = {name: Path(path) for name, path in adapters.items() if Path(path).is_dir()}
         model.route_state = RouteState(tuple(adapters), model.peft_config)
-        install(model.get_base_model(), model.route_state)
+        model.gate_layers()
         model.set_granularity(granularity)
         model.requires_grad_(False)
         return model.eval()
@@ -196,7 +196,7 @@ class MoaModel(RoutedModel):
 
     def _add(self, name: str, merged: MergeResult) -> None:
         add_to_model(self, name, merged.modules, kinds=merged.kinds, extras=merged.extras)
-        install(self.get_base_model(), self.route_state)
+        self.gate_layers()
 
     def set_fallback(self, method: str = "svd", **options: Any) -> MergeResult:
         """Merge the experts into the adapter at the root of the saved folder, which plain PEFT and vLLM load.

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import Cache
 
 from moa.cached_route import forget, remember
-from moa.mixture import refresh
+from moa.mixture import GatedLayer, install
 from moa.prompt_route import one_route, take_route
 from moa.routing import Routing, route_names
 from moa.routing_model import RoutingModel
@@ -28,12 +28,18 @@ class RoutedModel(RoutingModel):
 
     Attributes:
         route_state: what the layers read; see `pinned`, `using` and `using_base`.
+        gated_layers: they themselves, in the order of `route_state.layers`.
         last_routing: how the last forward routed; None where the caller had chosen.
         last_task: the `task` that was passed to it.
     """
 
+    gated_layers: tuple[GatedLayer, ...] = ()
     last_routing: Routing | None = None
     last_task: Tensor | None = None
+
+    def gate_layers(self) -> None:
+        """Let every layer with an adapter read `route_state`: once more after adapters came."""
+        self.gated_layers = install(self.get_base_model(), self.route_state)
 
     @contextmanager
     def pinned(self, routing: Routing | Sequence[str]) -> Iterator[None]:
@@ -52,7 +58,8 @@ class RoutedModel(RoutingModel):
         named = not isinstance(routing, Routing)
         weights = (route_names(routing, self.experts) if named else routing).weights
         with self.route_state.gated(weights.to(self.device), broadcast=not named):
-            refresh(self.get_base_model(), weights.shape[-1])
+            for layer in self.gated_layers:
+                layer.keep_stack(weights.shape[-1])
             yield
 
     def reroute(self, past_key_values: Cache) -> None:

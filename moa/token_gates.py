@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moa.mixture import GatedLayer
+from moa.mixture import gated_layers
 
 
 class TokenGates(nn.Module):
@@ -32,7 +32,7 @@ class TokenGates(nn.Module):
 
     def __init__(self, base_model: nn.Module, experts: Sequence[str]):
         super().__init__()
-        gated = sorted((one for one in base_model.modules() if isinstance(one, GatedLayer)), key=lambda one: one.place)
+        gated = gated_layers(base_model)
         self.gates = nn.ModuleList(nn.Linear(layer.in_features, len(experts)) for layer in gated)
         for gate in self.gates:
             nn.init.zeros_(gate.weight)

@@ -1,5 +1,7 @@
 """The gated layer against one adapter at a time through stock PEFT, and against dense products."""
 
+from copy import deepcopy
+
 import pytest
 import torch
 from peft import LoraConfig, PeftModel
@@ -320,8 +322,6 @@ def test_dora_bias_and_rslora_experts_share_a_batch(build, kinds, alone, few, re
 
 
 def test_dora_over_a_base_with_biases_equals_peft(base, tmp_path):
-    from copy import deepcopy
-
     from peft import get_peft_model
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -412,6 +412,20 @@ def test_layers_of_one_kind_have_one_class_which_a_compiled_layer_asks_for(build
     model = build(many)
     layers = [model.get_base_model().get_submodule(name) for name in model.route_state.layers]
     assert len(layers) > 4 and len({type(layer) for layer in layers}) == 1
+
+
+def test_pinning_looks_at_its_own_gated_layers_alone_whatever_came_or_was_copied(
+    model, make_adapter, tmp_path, monkeypatch
+):
+    before = len(model.gated_layers)
+    model.add_expert("more", make_adapter(tmp_path / "more", target_modules=["gate_proj"]))
+    for one in (model, deepcopy(model)):
+        layers = [one.get_base_model().get_submodule(name) for name in one.route_state.layers]
+        assert len(layers) == before + 4 and all(a is b for a, b in zip(one.gated_layers, layers, strict=True))
+    monkeypatch.setattr(torch.nn.Module, "named_modules", lambda *_, **__: pytest.fail("walked through the model"))
+    with model.pinned(["more", *NAMES]):
+        pass
+    assert all(layer.stacks for layer in model.gated_layers) and not any(layer.stacks for layer in layers)
 
 
 ROUTINGS = [[0, 1, 2], [2, 2, 2], [1, 0, 0], [0, 0, 1], [2, 1, 0]]
