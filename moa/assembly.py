@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from moa.adapters import Adapter, AdapterError, check_name, read_adapter
 from moa.base_model import same_base
 from moa.config import FALLBACK
+from moa.peft_loading import load_adapters
 
 PEFT_KEYS = {"base_model", "model", "base_layer", "weight", "bias", "lora_dropout", *LoraLayer.adapter_layer_names}
 NOT_GATED = {
@@ -118,11 +119,9 @@ def _check_base(base: PreTrainedModel, adapters: Iterable[Adapter]) -> None:
 def _load(
     cls: type[PeftModelForCausalLM], base: PreTrainedModel, adapters: Mapping[str, Adapter], **options: bool
 ) -> PeftModelForCausalLM:
-    model = None
-    for name, adapter in adapters.items():
-        if model is None:
-            config = PeftConfig.from_pretrained(adapter.path)
-            config.inference_mode = True
-            model = cls(base, config, adapter_name=name, **options)
-        model.load_adapter(adapter.path, name, **options)
+    first, adapter = next(iter(adapters.items()))
+    config = PeftConfig.from_pretrained(adapter.path)
+    config.inference_mode = True
+    model = cls(base, config, adapter_name=first, **options)
+    load_adapters(model, {name: adapter.path for name, adapter in adapters.items()}, **options)
     return model

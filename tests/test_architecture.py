@@ -106,6 +106,7 @@ def test_each_outside_library_is_known_in_few_rooms():
         "moa.adapters",
         "moa.peft_checks",
         "moa.peft_export",
+        "moa.peft_loading",
         "moa.assembly",
         "moa.mixture",
         "moa.routed_model",
