@@ -4,6 +4,10 @@
 
 v_i is the first right singular vector of B_i A_i: the input direction that expert i answers most. Nothing is trained.
 https://arxiv.org/abs/2405.11157; PEFT has it too, for experts of one rank and one set of layers.
+
+Its `use_gks` takes the mean of general adapters out of each expert before (GenKnowSub), factor by factor:
+(B - mean B) (A - mean A), which is another update for the same expert in other factors. Out of the update itself it is
+a merge: `moa merge EXPERT GENERAL1 GENERAL2 --method concatenation --weights 1 -0.5 -0.5`.
 """
 
 from __future__ import annotations

@@ -5,7 +5,9 @@ import torch
 from peft import ArrowConfig, create_arrow_model
 from transformers import AutoModelForCausalLM
 
+from moa.adapters import read_adapter
 from moa.arrow import ArrowRouter
+from moa.merging.cli import main
 from moa.model import MoaModel
 
 IDS = torch.arange(3, 27).view(4, 6)
@@ -61,6 +63,25 @@ def test_experts_of_unequal_ranks_and_layers_are_chosen_where_they_are(base_fold
         delta = layer.lora_B[name].weight @ layer.lora_A[name].weight
         read.append((x @ torch.linalg.svd(delta.detach())[2][0]).abs())
     torch.testing.assert_close(router(0, x), torch.stack(read, dim=-1).softmax(dim=-1), rtol=1e-4, atol=1e-5)
+
+
+def test_experts_less_the_mean_of_general_adapters_are_merges_which_it_routes(
+    base_folder, equal, make_adapter, tmp_path
+):
+    general = [str(make_adapter(tmp_path / name, seed=seed)) for seed, name in enumerate(("g1", "g2"), 10)]
+    for name, path in equal.items():
+        words = [path, *general, "--method", "concatenation", "--weights", "1", "-0.5", "-0.5"]
+        main([*words, "--output", str(tmp_path / f"{name}-less")])
+    model = MoaModel.from_adapters(str(base_folder), {name: tmp_path / f"{name}-less" for name in equal})
+    router = ArrowRouter(model.get_base_model(), model.experts, top_k=3)
+    module = "model.layers.2.self_attn.q_proj"
+    updates = [read_adapter(path).modules[module] for path in (*equal.values(), *general)]
+    *experts, first, second = (update.B @ update.A for update in updates)
+    x = torch.randn(1, 4, 32, generator=torch.Generator().manual_seed(0))
+    directions = [torch.linalg.svd(expert - (first + second) / 2)[2][0] for expert in experts]
+    expected = torch.stack([(x @ direction).abs() for direction in directions], dim=-1).softmax(dim=-1)
+    got = router(model.route_state.layers.index(module), x)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("options", [{"top_k": 0}, {"temperature": 0.0}])
