@@ -16,6 +16,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moa.errors import first_line
+
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -171,7 +173,7 @@ def _bundle_path() -> Path:
 
 def _not_found(name: str, error: OSError) -> FileNotFoundError:
     return FileNotFoundError(
-        f"base model {name!r} could not be loaded ({str(error).splitlines()[0]}): "
+        f"base model {name!r} could not be loaded ({first_line(error)}): "
         f"give a folder, a Hub repository that this machine can reach, or {BUNDLED_MODEL!r}"
     )
 

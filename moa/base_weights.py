@@ -18,6 +18,7 @@ from torch import Tensor
 
 from moa.base_model import BUNDLED_MODEL, HUB_NAME, resolve_base_model
 from moa.extras import EMBEDDING, LINEAR, Kind
+from moa.hub import download
 from moa.peft_checks import AdapterError, changes_the_base
 
 if TYPE_CHECKING:
@@ -163,16 +164,7 @@ def _locate(base: str | Path) -> Path:
     folder = Path(resolve_base_model(str(base)))
     if folder.is_dir():
         return folder
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(str(base), allow_patterns=["model*.safetensors", INDEX, "config.json"]))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise FileNotFoundError(
-            f"there is no base model folder {base} here, and it could not be downloaded from the Hub either "
-            f"({str(error).strip().splitlines()[0]}): check the name"
-        ) from error
+    return download(str(base), "base model", allow_patterns=["model*.safetensors", INDEX, "config.json"])
 
 
 def _of_folder(folder: Path, name: str) -> BaseWeights:

@@ -96,6 +96,11 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says first; its kind, where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """The ending of an error about an unknown name: "; did you mean 'x'?", or nothing when none is near."""
     close = difflib.get_close_matches(name, sorted(known), n=1)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from moa.hub import download
 from moa.peft_checks import CONFIG_FILE, WEIGHTS_FILE, AdapterError
 from moa.peft_read import Stored
 
@@ -62,17 +63,7 @@ def locate(path: str | Path) -> Path:
         raise AdapterError(f"{path} is a file: give the folder that holds {CONFIG_FILE} and {WEIGHTS_FILE}")
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(path)):
         raise FileNotFoundError(f"there is no adapter folder {path}: check the path")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(str(path), allow_patterns=["adapter_*"]))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise FileNotFoundError(
-            f"there is no adapter folder {path} here, and it could not be downloaded from the Hub "
-            f"either ({reason}): check the name"
-        ) from error
+    return download(str(path), "adapter", allow_patterns=["adapter_*"])
 
 
 def read_config(directory: Path) -> dict[str, Any]:

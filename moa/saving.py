@@ -26,6 +26,7 @@ from moa.adapters import file_sha256, from_model, settle_configs
 from moa.base_model import load_base_model, same_base
 from moa.card import mixture_card
 from moa.config import CONFIG_NAME, FALLBACK, GATES_NAME, ROUTER_NAME, MoaConfig
+from moa.hub import download
 from moa.peft_checks import all_finite
 from moa.router import SequenceRouter
 from moa.strangeness import empty_detector
@@ -210,16 +211,7 @@ def _local_folder(source: str | Path, **hub: Any) -> Path:
         if not (Path(source) / CONFIG_NAME).is_file():
             raise ValueError(f"{source} is no saved mixture (it has no {CONFIG_NAME}): load a plain adapter with PEFT")
         return Path(source)
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        directory = Path(snapshot_download(str(source), **hub))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise FileNotFoundError(
-            f"{source!r} is neither a folder nor a Hub repository that could be downloaded "
-            f"({str(error).splitlines()[0]}): check the name, your token and the network, and run it again"
-        ) from error
+    directory = download(str(source), "mixture", **hub)
     if not (directory / CONFIG_NAME).is_file():
         raise ValueError(f"the repository {source!r} is no saved mixture: it has no {CONFIG_NAME}")
     return directory

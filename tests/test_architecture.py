@@ -39,6 +39,7 @@ def ours(name):
 
 
 BOTTOM = (
+    "moa.hub",
     "moa.errors",
     "moa.low_rank",
     "moa.routing",

@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from moa.errors import first_line
+
 CARVE_SEED = 0  # fixed: what is held out must not depend on the seed of a run
 
 
@@ -80,8 +82,7 @@ def _download(path: str, name: str | None, split: str, revision: str | None) -> 
         return datasets.load_dataset(path, name, split=split, revision=revision)
     # no network or no file, an unknown name or split, a data set that needs a script, a broken build of it
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else "no reason given"
         raise FileNotFoundError(
-            f"cannot get the data set {path!r} from the Hub ({type(error).__name__}: {reason}): "
+            f"cannot get the data set {path!r} from the Hub ({type(error).__name__}: {first_line(error)}): "
             "check the network, or use --source pocket, or your own rows with --data_dir"
         ) from error

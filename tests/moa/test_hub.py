@@ -6,6 +6,8 @@ from huggingface_hub import ModelCard
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from moa.adapters import read_adapter
+from moa.base_weights import open_base
 from moa.card import fused_card, mixture_card
 from moa.config import Fallback, MoaConfig, RouterConfig
 from moa.model import MoaModel
@@ -160,10 +162,29 @@ def test_an_unknown_form_is_refused_before_anything_is_sent(model, hub):
     assert hub.log == []
 
 
+DOORS = {
+    "adapter": lambda: read_adapter("nobody/nothing"),
+    "base model": lambda: open_base("nobody/nothing"),
+    "mixture": lambda: MoaModel.from_pretrained(None, "nobody/nothing"),
+}
+
+
+@pytest.mark.parametrize("what", DOORS)
+@pytest.mark.parametrize(("error", "said"), [(OSError(), "OSError"), (OSError("\nno route\nto host"), "no route")])
+def test_a_download_that_fails_is_the_same_sentence_at_every_door(what, error, said, monkeypatch):
+    def fails(*_, **__):
+        raise error
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fails)
+    sentence = rf"there is no {what} folder nobody/nothing here, .* from the Hub either \({said}\): check the name"
+    with pytest.raises(FileNotFoundError, match=sentence):
+        DOORS[what]()
+
+
 def test_an_interrupted_download_is_one_sentence_and_the_next_try_goes_on(model, hub, tmp_path):
     model.push_to_hub("tester/shaky")
     hub.fail(r"/resolve/.*/moa_router", status=403, times=20)
-    with pytest.raises(FileNotFoundError, match="could be downloaded"):
+    with pytest.raises(FileNotFoundError, match="could not be downloaded"):
         MoaModel.from_pretrained(model.moa_config.base_model, "tester/shaky", cache_dir=tmp_path)
     for fault in hub._faults:
         fault[2] = 0

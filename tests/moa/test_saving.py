@@ -248,7 +248,7 @@ def test_a_router_layer_of_null_is_a_quarter_of_the_depth(saved):
 
 
 def test_a_repository_that_cannot_be_reached_is_one_sentence():
-    with pytest.raises(FileNotFoundError, match="neither a folder nor a Hub repository that could be downloaded"):
+    with pytest.raises(FileNotFoundError, match="there is no mixture folder .* could not be downloaded"):
         MoaModel.from_pretrained(None, "nobody/nothing")
 
 
