@@ -88,7 +88,7 @@ class GatedLayer(nn.Module):
         return x * (torch.rand_like(x) >= chance) / (1 - chance)
 
     def current_stack(self, columns: int) -> Stack | None:
-        """The experts' stacked factors, rebuilt when an adapter was loaded, moved or trained since the last time.
+        """The experts' stacked factors, rebuilt when an adapter was loaded, moved, trained or scaled since the last time.
 
         A compiled forward cannot look: it takes what was there when the routing was pinned, and stacks adapters in
         training anew.
@@ -117,7 +117,8 @@ class GatedLayer(nn.Module):
         """What was stacked of these parts, which are as they were then, or anew."""
         if torch.compiler.is_compiling():
             return self.stacks[columns][1] if columns in self.stacks else self._build_stack(members, columns)
-        built_from = members, [part.data_ptr() for part in parts], [part._version for part in parts]
+        scalings = [self.scaling[name] for name in members.values()]
+        built_from = members, scalings, [part.data_ptr() for part in parts], [part._version for part in parts]
         if columns not in self.stacks or self.stacks[columns][0] != built_from:
             with torch.inference_mode(False):  # a later forward may train what it meets on the way
                 self.stacks[columns] = built_from, self._build_stack(members, columns)

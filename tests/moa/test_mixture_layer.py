@@ -5,6 +5,7 @@ from copy import deepcopy
 import pytest
 import torch
 from peft import LoraConfig, PeftModel
+from peft.helpers import rescale_adapter_scale
 from torch._dynamo.testing import CompileCounter
 from transformers import AutoModelForCausalLM
 
@@ -657,6 +658,23 @@ def test_gates_are_kept_for_one_route_and_go_with_it(build, adapters):
         assert kept and all(state._gates[alike] is gate for alike, gate in kept.items())
     with model.pinned(NAMES[::-1]):
         assert not state._gates
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_a_scale_that_pefts_own_context_sets_is_seen_and_gone_after_it(build, adapters, first):
+    model = build(adapters)
+    with model.using("cats", scale=0.5):
+        half = logits(model)
+        if first:
+            with model.pinned(["cats"] * 3):
+                logits(model)
+    with model.pinned(["cats"] * 3):
+        before = logits(model)
+        with rescale_adapter_scale(model, 0.5):
+            close(logits(model), half)
+        close(logits(model), before)
+    with model.using("cats"):
+        close(before, logits(model))
 
 
 def test_what_changes_in_place_in_an_adapter_is_seen(build, make_adapter, tmp_path):
