@@ -88,7 +88,7 @@ class GatedLayer(nn.Module):
         return x * (torch.rand_like(x) >= chance) / (1 - chance)
 
     def current_stack(self, columns: int) -> Stack | None:
-        """The experts' stacked factors, rebuilt when an adapter was loaded, moved, trained or scaled since the last time.
+        """The experts' stacked factors, rebuilt when one was loaded, moved, trained or scaled since the last time.
 
         A compiled forward cannot look: it takes what was there when the routing was pinned, and stacks adapters in
         training anew.
