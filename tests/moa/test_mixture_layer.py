@@ -423,9 +423,17 @@ def test_pinning_looks_at_its_own_gated_layers_alone_whatever_came_or_was_copied
     for one in (model, deepcopy(model)):
         layers = [one.get_base_model().get_submodule(name) for name in one.route_state.layers]
         assert len(layers) == before + 4 and all(a is b for a, b in zip(one.gated_layers, layers, strict=True))
-    monkeypatch.setattr(torch.nn.Module, "named_modules", lambda *_, **__: pytest.fail("walked through the model"))
+    walked, original = [], torch.nn.Module.named_modules
+
+    def counted(self, *given, **options):
+        for found in original(self, *given, **options):
+            walked.append(found)
+            yield found
+
+    monkeypatch.setattr(torch.nn.Module, "named_modules", counted)
     with model.pinned(["more", *NAMES]):
         pass
+    assert len(walked) < 20 < len(list(original(model)))  # up to the first parameter, which tells the device
     assert all(layer.stacks for layer in model.gated_layers) and not any(layer.stacks for layer in layers)
 
 
