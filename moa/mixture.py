@@ -127,19 +127,18 @@ class GatedLayer(nn.Module):
 
     def _members(self, columns: int) -> dict[int, str]:
         """The experts that adapt this layer, by their columns in weights of so many."""
-        here = self.lora_A._modules
+        here = self.lora_A
         return {column: name for column, name in enumerate(self.route.names(columns)) if name in here}
 
     def _parts(self, names: Iterable[str]) -> list[Tensor]:
-        """All tensors that these experts' updates depend on.
-
-        Every layer asks in every forward: of torch's own dictionaries, for its attributes take four times as long.
-        """
-        read, wrote = self.lora_A._modules, self.lora_B._modules
-        parts = [p for name in names for one in (read, wrote) for p in one[name]._parameters.values() if p is not None]
-        if self.lora_magnitude_vector:
-            for name in self.lora_magnitude_vector.keys() & names:
-                parts += self.lora_magnitude_vector[name].weight, self.get_base_layer().weight
+        """All tensors that these experts' updates depend on."""
+        read, wrote, magnitudes = self.lora_A, self.lora_B, self.lora_magnitude_vector
+        parts = []
+        for name in names:
+            B = wrote[name]
+            parts += (read[name].weight, B.weight) if B.bias is None else (read[name].weight, B.weight, B.bias)
+            if name in magnitudes:
+                parts += magnitudes[name].weight, self.get_base_layer().weight
         return parts
 
     def _build_stack(self, members: dict[int, str], columns: int) -> Stack | None:

@@ -31,8 +31,10 @@ def tokens_held(input_ids: Int[Tensor, "batch tokens"], attention_mask: Tensor |
     """Which tokens are no padding; all of them where there is no mask.
 
     Raises:
-        ValueError: a mask of another shape.
+        ValueError: no prompts, or prompts of no tokens; a mask of another shape.
     """
+    if input_ids.numel() == 0:
+        raise ValueError(f"there is no prompt to route on in input_ids of shape {list(input_ids.shape)}: give some")
     if attention_mask is None:
         return torch.ones_like(input_ids, dtype=torch.bool)
     if attention_mask.shape != input_ids.shape:

@@ -14,7 +14,7 @@ LEFT = torch.tensor([[1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1]])
 ONLY_ANSWER = torch.tensor([[-100, -100, -100, -100, 24, 5], [5, 10, 12, 16, 23, 3]])
 ROW = {"input_ids": torch.tensor([[3, 7, 9, 11, 24, 5, 10]]), "seq_idx": torch.tensor([[0, 0, 0, 1, 1, 1, 1]])}
 PACKED_ANSWER = torch.tensor([[-100, -100, 9, 11, 24, 5, 10]])
-REFUSED = r"sequence \d of the batch has no prompt token to route on: give it a prompt"
+REFUSED = r"sequence 1 of the batch has no prompt token to route on: give it a prompt"
 
 
 @pytest.fixture(params=["before", "in flight"])
@@ -54,6 +54,13 @@ def test_an_empty_prompt_is_refused_and_the_next_batch_is_routed_as_ever(model, 
         assert not model.route_state.pinned and not model.route_state.off
         model(input_ids=PROMPT)
     assert torch.equal(model.route_state.weights, expected)
+
+
+@pytest.mark.parametrize("shape", [(2, 0), (0, 6)])
+@pytest.mark.parametrize("call", ["__call__", "route", "features", "generate"])
+def test_a_batch_without_prompts_or_tokens_is_refused(model, call, shape):
+    with pytest.raises(ValueError, match=rf"no prompt to route on in input_ids of shape \[{shape[0]}, {shape[1]}\]"):
+        getattr(model, call)(input_ids=torch.empty(shape, dtype=torch.long))
 
 
 def test_an_empty_prompt_is_refused_by_a_router_that_learns(model):
