@@ -6,10 +6,12 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
+from moa.merging import parallel
 from moa.merging.layers import Layers
 from moa.merging.parallel import MOST_AT_ONCE, in_turn, layers_at_once, using_threads
 
@@ -95,16 +97,23 @@ def interruptible():
     signal.signal(signal.SIGINT, before)
 
 
-def test_an_interrupt_waits_for_the_layers_at_work_and_starts_no_more(interruptible):
-    started, busy = [], threading.Barrier(3, timeout=20)
+def test_an_interrupt_waits_for_the_layers_at_work_and_starts_no_more(interruptible, monkeypatch):
+    started, busy, given_up = [], threading.Barrier(3, timeout=20), threading.Event()
+
+    class Pool(ThreadPoolExecutor):
+        def shutdown(self, **how):
+            super().shutdown(**how)
+            given_up.set()
 
     def work(name):
         started.append(name)
         if name != NAMES[0]:
             if busy.wait() == 0:
+                time.sleep(0.5)  # a signal on the way to a wait is seen after it: let the main thread be there
                 os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(1.5)  # until a busy machine has woken the thread that waits
+            assert given_up.wait(20)
 
+    monkeypatch.setattr(parallel, "ThreadPoolExecutor", Pool)
     with pytest.raises(KeyboardInterrupt):
         list(in_turn(work, NAMES))
     assert sorted(started) == NAMES[:4]
