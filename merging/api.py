@@ -111,7 +111,8 @@ def merge(
         name: what the report calls the result, by default the method's name.
         scale: factor on the result, lambda in the papers.
         restore_norm: also bring each layer to the mean norm of the adapters' updates there.
-        seed: for methods that draw random numbers.
+        seed: for methods that draw random numbers, for each layer and adapter by its name: adapters from folders and
+            from memory draw the same where they are called the same.
         dtype: dtype to store, or its name: float32, bfloat16, float16, float64; the widest of the inputs by default.
         check_base: refuse adapters of different base models.
         base: the base model, as a folder, Hub name or live model; needed where adapters hold DoRA magnitudes,

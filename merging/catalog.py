@@ -98,6 +98,10 @@ layer at a time. `scale` multiplies the result of any method. A rank is that of 
 Methods compute in float64, and those that act on entries of dense updates in float32, as their sections say; a
 hierarchical merge computes as its node does. The dtype to store is rounded to once, at the end.
 
+A method that draws at random draws for each layer by its name, and for each adapter by the adapter's name too, so that
+neither order nor what else is merged matters. With one `seed`, adapters draw the same wherever they are read from, if
+they have the same names; one that is renamed draws anew.
+
 Every method is tested for the laws below, with adapters of different ranks and layers that some of them lack.
 Where a method does not obey a law, its section says why.
 

@@ -84,7 +84,7 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     add("--name", help="name in the report (default: the method's)")
     add("--scale", type=float, metavar="X", help="factor on the result (default: 1)")
     add("--restore-norm", action="store_true", help="bring each layer to the mean norm of the adapters there")
-    add("--seed", type=int, metavar="N", help="for methods that draw random numbers (default: 0)")
+    add("--seed", type=int, metavar="N", help="for methods that draw, by adapters' names (default: 0)")
     add(
         "--dtype",
         choices=DTYPES,

@@ -53,5 +53,9 @@ def for_layers(
 
 
 def _seed_of(module: str, seed: int) -> int:
-    """A seed of the layer's own, so that results do not depend on which other layers there are."""
+    """A seed of the layer's own, so that results do not depend on which other layers there are.
+
+    An adapter's own is by its name: not by its place, as order must not matter, nor by its factors, which may be
+    written in other ways.
+    """
     return int.from_bytes(hashlib.sha256(f"{seed}:{module}".encode()).digest()[:7])

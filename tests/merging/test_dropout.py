@@ -1,10 +1,12 @@
 """DARE, DELLA and rank-DARE: what they keep, that they are right on average, and how large their noise is."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
-from moa.adapters import Adapter
+from moa.adapters import Adapter, read_adapter
 from moa.low_rank import LowRank
 from moa.merging import dropout, find_method, merge, streaming
 from moa.merging.dropout import Draws, DropBySize, RandomDrop, nearest_chance
@@ -221,3 +223,14 @@ def test_chances_outside_0_and_1_are_refused(density, epsilon, adapters):
 def test_rank_dare_refuses_a_density_that_is_no_chance(density, adapters):
     with pytest.raises(ValueError, match="density is the share of entries to keep"):
         merge(adapters, "dare_rank", density=density)
+
+
+@pytest.mark.parametrize("method", ["dare_linear", "dare_ties", "dare_rank", "della"])
+def test_adapters_draw_by_their_names_wherever_they_are_read_from(method, folders):
+    from_disk = [read_adapter(folder, dtype=torch.float64) for folder in folders]
+    in_memory = [Adapter(a.name, a.base_model, dict(a.modules), torch.float32) for a in from_disk]
+    renamed = [replace(a, name=f"another-{a.name}") for a in in_memory]
+    expected, same, other = (merge(given, method).modules for given in (folders, in_memory, renamed))
+    for module, update in expected.items():
+        assert torch.equal(update.delta(), same[module].delta())
+    assert any(not torch.equal(update.delta(), other[module].delta()) for module, update in expected.items())
