@@ -50,8 +50,8 @@ class EvaluationArguments(ComputingArguments, RowsArguments, MixtureArguments):
         default_factory=list,
         metadata={
             "help": "other routers to compare: uniform (all experts in equal parts), random, centroid (the nearest "
-            "mean of prompts), arrow (each token at each layer); the mixture's own otherwise: sequence, soft, layer, "
-            "layer_soft, gates; the oracle is in every table"
+            "mean of prompts), arrow (each token at each layer); the mixture's own otherwise: sequence, soft, "
+            "conformal (the likely ones), layer, layer_soft, gates; the oracle is in every table"
         },
     )
     scales: list[float] = field(

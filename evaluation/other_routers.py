@@ -21,7 +21,7 @@ from moa.evaluation.systems import System, adapter_cost, experts_fingerprint
 from moa.in_flight import prefill_overhead
 from moa.model import MoaModel
 from moa.route_state import LayerRouter
-from moa.routing import Granularity, RoutingMode, route_logits
+from moa.routing import Granularity, RoutingMode, check_floor, route_logits
 
 
 def check_routers(names: Sequence[str]) -> None:
@@ -56,6 +56,8 @@ def _system(model: MoaModel, name: str, seed: int) -> System:
     if router.reads is not None:
         cost["prefill_overhead"] = prefill_overhead(model, router.reads)
         fingerprint += [str(config.sha256.get(ROUTER_NAME)), str(config.router.layer)]
+    if name == "conformal":
+        fingerprint.append(str(config.router.floor))
     if name == "gates":
         fingerprint.append(str(config.sha256.get(GATES_NAME)))
     return System(f"router:{name}", "router", " ".join(fingerprint), router.build(model, seed), cost, router.note)
@@ -107,8 +109,10 @@ def _fitted_router(granularity: Granularity, mode: RoutingMode) -> Callable[[Moa
     def build(model: MoaModel, seed: int) -> Activate:
         if granularity == "layer":
             check_depths(model.moa_router)
-        if mode == "soft":
+        if mode != "hard":
             _check_mixable(model)
+        if mode == "conformal":
+            check_floor(model.moa_config.router.floor)
 
         def activate(input_ids: Tensor, attention_mask: Tensor) -> AbstractContextManager:
             how = {"routing": mode, "granularity": granularity, "abstain": False}
@@ -135,6 +139,9 @@ ROUTERS = {
     "arrow": OtherRouter(_arrow, "3 experts for each token and layer, by their updates"),
     "sequence": OtherRouter(_fitted_router("sequence", "hard"), "the router's best expert, no fallback", "sequence"),
     "soft": OtherRouter(_fitted_router("sequence", "soft"), "all experts by the router's probabilities", "sequence"),
+    "conformal": OtherRouter(
+        _fitted_router("sequence", "conformal"), "the likely experts, a set of known coverage", "sequence"
+    ),
     "layer": OtherRouter(_fitted_router("layer", "hard"), "the best expert of the router at each depth", "layer"),
     "layer_soft": OtherRouter(
         _fitted_router("layer", "soft"), "all experts by the probabilities of the router at each depth", "layer"

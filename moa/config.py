@@ -73,6 +73,11 @@ class RouterConfig:
                 f"choose one of {', '.join(get_args(Objective))}"
             )
 
+    @property
+    def floor(self) -> float | None:
+        """The probability from which experts are in the conformal set; None where there is no set."""
+        return None if self.conformal is None else self.conformal.floor
+
 
 @dataclass
 class Fallback:

@@ -64,11 +64,7 @@ def route_logits(
 
 
 def _conformal(logits: Float[Tensor, "batch experts"], floor: float | None) -> Float[Tensor, "batch experts"]:
-    if floor is None:
-        raise ValueError(
-            "routing 'conformal' mixes a set of experts of a known coverage, and this router was fitted without one: "
-            "fit it again with 'moa fit-router', or route otherwise"
-        )
+    check_floor(floor)
     best = logits == logits.max(dim=-1, keepdim=True).values
     return logits.masked_fill(~best & (logits.softmax(dim=-1) < floor), -torch.inf).softmax(dim=-1)
 
@@ -119,6 +115,15 @@ def check_granularity(granularity: str, token_router: str = "arrow") -> None:
     if token_router not in get_args(TokenRouter):
         raise ValueError(
             f"tokens are not routed by {token_router!r}: choose one of {', '.join(get_args(TokenRouter))}"
+        )
+
+
+def check_floor(floor: float | None) -> None:
+    """Refuse `conformal` for a router that was fitted without the probability from which experts are in its set."""
+    if floor is None:
+        raise ValueError(
+            "routing 'conformal' mixes a set of experts of a known coverage, and this router was fitted without one: "
+            "fit it again with 'moa fit-router', or route otherwise"
         )
 
 

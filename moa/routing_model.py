@@ -25,6 +25,7 @@ from moa.routing import (
     RoutingMode,
     TokenRouter,
     check_granularity,
+    check_mode,
     fall_back,
     route_logits,
 )
@@ -81,6 +82,19 @@ class RoutingModel(PeftModelForCausalLM):
         check_router(self, router, fitted, check_base=check_base)
         self.moa_router = router.to(self.device).requires_grad_(False).eval()
         self.moa_config.router = fitted
+
+    def set_routing(self, routing: RoutingMode, top_k: int | None = None) -> None:
+        """How weights follow from the router's scores: `hard`, `top_k`, `soft` or `conformal`, as `route_logits` says.
+
+        Args:
+            top_k: how many experts `top_k` mixes; None as before.
+
+        Raises:
+            ValueError: no such routing, or a `top_k` that the number of experts does not allow.
+        """
+        top_k = self.moa_config.top_k if top_k is None else top_k
+        check_mode(routing, top_k, len(self.experts))
+        self.moa_config.routing, self.moa_config.top_k = routing, top_k
 
     def set_granularity(self, granularity: Granularity, *, by: TokenRouter = "arrow") -> None:
         """Route each prompt, by the router (`sequence`) or by one at each of several depths (`layer`), or each token
@@ -210,8 +224,8 @@ class RoutingModel(PeftModelForCausalLM):
         """Weights of the experts for prompts whose features are there; arguments and errors as for `route`."""
         config = self.moa_config
         logits = (router or self.moa_router)(pooled)
-        floor = None if config.router.conformal is None else config.router.conformal.floor
-        routed = route_logits(logits, routing or config.routing, config.top_k if top_k is None else top_k, floor)
+        top_k = config.top_k if top_k is None else top_k
+        routed = route_logits(logits, routing or config.routing, top_k, config.router.floor)
         return self._without_strangers(routed, pooled) if abstain and not self.training else routed
 
     def _without_strangers(self, routed: Routing, pooled: Float[Tensor, "batch hidden"]) -> Routing:

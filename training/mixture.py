@@ -17,6 +17,7 @@ from moa.config import CONFIG_NAME
 from moa.merging import find_method
 from moa.model import MoaModel
 from moa.precision import dtype_of
+from moa.routing import RoutingMode
 from moa.shared_arguments import RefitArguments
 from moa.tasks import Example, Task
 from moa.training.record import Run, asked_dtype, open_refit, refit_record, settings_of, text_sha256
@@ -79,16 +80,23 @@ def train_mixture(
 
 
 def refit_router(
-    asked: RefitArguments, tasks: Sequence[Task], training: TrainingArguments, choices: RouterChoices
+    asked: RefitArguments,
+    tasks: Sequence[Task],
+    training: TrainingArguments,
+    choices: RouterChoices,
+    *,
+    routing: RoutingMode | None = None,
+    top_k: int | None = None,
 ) -> None:
     """Fit the router of a saved mixture, and save the mixture with it; checkpoints go to `training.output_dir`.
 
     Args:
         asked: which mixture, from which rows; an earlier router in it is not used.
         tasks: one for each expert, with its name.
+        routing, top_k: how the mixture routes from then on; None as it does now.
 
     Raises:
-        ValueError: tasks that are not the experts', or an earlier fit that was made otherwise.
+        ValueError: tasks that are not the experts', no such routing, or an earlier fit that was made otherwise.
     """
     check_count(len(tasks))
     folder = asked.folder
@@ -100,10 +108,12 @@ def refit_router(
             "give each expert the task with its name"
         )
     tasks = [by_name[name] for name in model.experts]
+    model.set_routing(routing or model.moa_config.routing, top_k)
     numbers = (asked.train_rows, asked.validation_rows, training.seed, asked.rows_from)
     fit_on, held_out = _examples(tasks, *numbers)
     plain = _examples(_plain(tasks, choices), *numbers)
-    record = {**refit_record(asked, model.moa_config), **_record(training, choices, fit_on, held_out)}
+    how = {"routing": model.moa_config.routing, "top_k": model.moa_config.top_k}
+    record = {**refit_record(asked, model.moa_config), **how, **_record(training, choices, fit_on, held_out)}
     run = open_refit(asked, record, training, result=REPORT_NAME)
     if run.finished:
         print(f"kept the router of {folder}: it was fitted with these settings", flush=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -55,7 +56,8 @@ class FittedRouter:
         compared: all that it was chosen from.
         depths: the routers at other depths, where layers are routed apart.
         labels: index of the expert whose prompt each held-out one is.
-        losses: of each expert's answer to each held-out example, where the objective asked for them.
+        losses: of each expert's answer to each held-out example as its task writes it, where the objective asked for
+            them.
         written: how many of the held-out prompts, which come first, are as their tasks write them; others are plain.
         noise: which training prompts look mislabelled.
         strangeness: of the held-out prompts, under each score that could tell strange ones.
@@ -67,7 +69,7 @@ class FittedRouter:
     compared: list[Judged]
     depths: list[Judged]
     labels: Int[Tensor, " prompts"]
-    losses: Float[Tensor, "prompts experts"] | None
+    losses: Float[Tensor, "written experts"] | None
     written: int
     noise: LabelNoise
     strangeness: dict[Score, Strangeness]
@@ -79,7 +81,8 @@ class RouterFit:
     Args:
         model: holds the experts; a router that it has already is not used.
         fit_on, held_out: the examples of each expert, in the order of the experts.
-        plain: examples of both kinds with plain prompts, which a router should know too.
+        plain: both kinds once more with plain prompts, which a router should know too; for each expert the same
+            examples in the same order, or none.
         training: of the head; only `language_model` has its own batch size and epochs, in `choices`.
 
     Raises:
@@ -98,10 +101,9 @@ class RouterFit:
     ):
         check_count(len(fit_on))
         self.written = [sum(map(len, split)) for split in (fit_on, held_out)]
-        splits = [
-            [*_labelled(as_written), *_labelled(also)]
-            for as_written, also in zip((fit_on, held_out), plain, strict=True)
-        ]
+        pairs = list(zip((fit_on, held_out), plain, strict=True))
+        splits = [[*_labelled(as_written), *_labelled(also)] for as_written, also in pairs]
+        self.answers = [torch.tensor(places_of_answers(as_written, also)) for as_written, also in pairs]
         self.model, self.tokenizer, self.choices, self.training = model, tokenizer, choices, training
         self.layers = sorted(set(choices.layers or candidate_layers(model.get_base_model())))
         for layer in self.layers:
@@ -110,7 +112,10 @@ class RouterFit:
         examples = [[example for _, example in split] for split in splits]
         self.rows: list[list[Row]] | None = None
         if choices.objective != "task":
-            self.rows = [[tokenised(tokenizer, one, 0) for one in split] for split in examples]
+            self.rows = [
+                [tokenised(tokenizer, one, 0) for one in split[:written]]
+                for split, written in zip(examples, self.written, strict=True)
+            ]
         with training.main_process_first(desc="prompt features"):
             self._read(examples)
 
@@ -125,8 +130,12 @@ class RouterFit:
         targets = [F.one_hot(labels, count).float() for labels in self.labels]
         if self.choices.objective == "utility":
             padding = self.tokenizer.pad_token_id or 0
+            self._say(f"every expert's loss on {sum(self.written)} answers, unless the cache has it: the long part")
             self.losses = [losses_of_experts(self.model, rows, padding=padding) for rows in self.rows]
-            targets = [(-losses / self.choices.tau).softmax(dim=-1) for losses in self.losses]
+            targets = [
+                (-losses / self.choices.tau).softmax(dim=-1)[answers]
+                for losses, answers in zip(self.losses, self.answers, strict=True)
+            ]
         self.seen, self.unseen = (Split(*pair) for pair in zip(features, targets, strict=True))
 
     def run(self, checkpoint: str | None = None) -> FittedRouter:
@@ -245,6 +254,13 @@ def check_count(tasks: int) -> None:
 
 def _labelled(examples: Examples) -> list[tuple[int, Example]]:
     return [(place, example) for place, of_one in enumerate(examples) for example in of_one]
+
+
+def places_of_answers(as_written: Examples, plain: Examples) -> list[int]:
+    """Of each example with either prompt, the place among those as written of the one that has its answer."""
+    starts = itertools.accumulate(map(len, as_written), initial=0)
+    also = [start + place for start, of_one in zip(starts, plain, strict=False) for place in range(len(of_one))]
+    return [*range(sum(map(len, as_written))), *also]
 
 
 def _prompts(features: Sequence[PromptFeatures]) -> str:

@@ -50,8 +50,8 @@ class RouterChoices:
     plain_prompts: bool = field(
         default=True,
         metadata={
-            "help": "of the objective task: read each prompt without its template as well, its fields alone, so that "
-            "the router knows a task by what is asked and not by the words around it"
+            "help": "read each prompt without its template as well, its fields alone, so that the router knows a task "
+            "by what is asked and not by the words around it; not with --objective language_model, which answers them"
         },
     )
     tau: float = field(default=0.1, metadata={"help": "of utility, in nats: smaller trusts the best adapter more"})
@@ -76,8 +76,8 @@ class RouterChoices:
 
     @property
     def reads_plain_prompts(self) -> bool:
-        """The other objectives are about answers, which the adapters give to prompts as they were trained."""
-        return self.plain_prompts and self.objective == "task"
+        """`language_model` is about answers, which the adapters give to prompts as they were trained."""
+        return self.plain_prompts and self.objective != "language_model"
 
     def __post_init__(self) -> None:
         for option, given, known in (

@@ -47,7 +47,8 @@ def report(fitted: FittedRouter, experts: Sequence[str]) -> dict[str, Any]:
         "left_out_auroc": {score: found.auroc for score, found in fitted.strangeness.items()},
     }
     if fitted.losses is not None:
-        found["answer_loss"] = _answer_losses(fitted.losses, judged.chosen, fitted.labels)
+        written = slice(fitted.written)
+        found["answer_loss"] = _answer_losses(fitted.losses, judged.chosen[written], fitted.labels[written])
     return found
 
 
@@ -105,10 +106,13 @@ def remarks(found: Mapping[str, Any]) -> list[str]:
 
 def doubts(found: Mapping[str, Any]) -> list[str]:
     """How far to trust the router, and what becomes of prompts that no expert is for; each as one sentence."""
-    calibration, limits = found["calibration"], found["abstention"]
+    calibration, limits, sets = found["calibration"], found["abstention"], found["conformal"]
+    never = ", and so never two" if sets["floor"] > 0.5 else ""
     sentences = [
         f"expected calibration error {calibration['ece']:.3f} ({BINS} bins of equal width), area under the "
-        f"risk-coverage curve {calibration['aurc']:.4f}, on {calibration['prompts']} held-out prompts"
+        f"risk-coverage curve {calibration['aurc']:.4f}, on {calibration['prompts']} held-out prompts",
+        f"--routing conformal, for {100 * sets['coverage']:.0f} % with the right expert in the mix, takes experts of "
+        f"{sets['floor']:.3f} probability or more{never}",
     ]
     if limits is None:
         return [*sentences, "no prompt is too strange for the experts: --ood none"]

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.nn.functional import one_hot
 
+from moa.calibration import ConformalSet
 from moa.evaluation.full_evaluation import main
 from moa.evaluation.other_routers import router_systems
 from moa.model import MoaModel
@@ -123,6 +124,20 @@ def test_a_fitted_router_is_compared_per_sequence_and_layer_hard_and_soft(model)
 
 
 @torch.no_grad()
+def test_the_likely_experts_are_compared_where_it_is_known_which_are_likely(model):
+    model.moa_config.router.conformal = None
+    with pytest.raises(ValueError, match="fitted without one"):
+        router_systems(model, ["conformal"])
+    probabilities = likely(model, model.moa_config.router.layer, model.moa_router)
+    model.moa_config.router.conformal = ConformalSet(0.9, floor=0.1)
+    (system,) = router_systems(model, ["conformal"])
+    kept = probabilities * (probabilities >= 0.1)
+    with system.activate(IDS, ALL):
+        torch.testing.assert_close(model.route_state.weights, kept / kept.sum(-1, keepdim=True), rtol=1e-4, atol=1e-5)
+    assert {int(row) for row in kept.ne(0).sum(dim=-1)} >= {1, 2}, "sets of one size would prove little"
+
+
+@torch.no_grad()
 def test_a_fitted_router_that_is_compared_trusts_its_experts_with_strange_prompts_too(model):
     model.moa_config.router.abstention = Abstention("energy", 0.02, merged_above=-1e9, base_above=-1e9)
     assert not model.route(IDS, ALL).weights[:, :3].any(), "all of these prompts would fall back"
@@ -171,8 +186,8 @@ def test_a_router_of_one_depth_is_not_compared_by_layer(mixture, base_folder):
         (["oracle"], "the table has it always"),
         (
             ["arow"],
-            "--routers arow does not exist: choose from uniform, random, centroid, arrow, sequence, soft, layer, "
-            "layer_soft, gates; did you mean 'arrow'?",
+            "--routers arow does not exist: choose from uniform, random, centroid, arrow, sequence, soft, conformal, "
+            "layer, layer_soft, gates; did you mean 'arrow'?",
         ),
         (["random", "random"], "--routers names one twice"),
     ],

@@ -21,6 +21,8 @@ from moa.training.label_noise import find_label_noise
 from moa.training.prompt_features import PromptFeatures
 from moa.training.router_choice import Candidate, Judged, Split, best_of, compare, unbeatable
 from moa.training.router_doubt import Strangeness
+from moa.training.router_fit import RouterFit, places_of_answers
+from moa.training.router_options import RouterChoices
 from moa.training.router_trainer import RouterTrainer
 
 NAMES = ("sst2", "squad", "piqa")
@@ -436,9 +438,44 @@ def test_a_router_knows_prompts_without_their_templates_too(command, mixture, to
         assert share["accuracy"] == sum(one == place // 8 for place, one in enumerate(chosen)) / 24
 
 
-def test_what_answers_decide_is_fitted_to_prompts_as_they_were_trained(command, mixture):
-    main(command(*ONE, "--objective", "utility", plain=True))
-    assert reported(mixture)["plain"] is None
+def test_a_prompt_without_its_template_has_the_answers_of_the_one_with_it(command, mixture, monkeypatch):
+    fits, asked = [], []
+
+    def known(model, rows, **options):
+        asked.append(len(rows))
+        return torch.arange(3.0 * len(rows)).view(-1, 3).cos()
+
+    run = RouterFit.run
+    monkeypatch.setattr("moa.training.router_fit.losses_of_experts", known)
+    monkeypatch.setattr(RouterFit, "run", lambda self, *given: fits.append(self) or run(self, *given))
+    main(command(*ONE, "--objective", "utility", "--tau", "0.5", plain=True))
+    assert asked == [72, 24]
+    targets = torch.softmax(-2 * torch.arange(72.0).view(-1, 3).cos(), dim=-1)
+    torch.testing.assert_close(fits[0].unseen.targets, targets.repeat(2, 1))
+    assert (reported(mixture)["n"], reported(mixture)["plain"]["n"]) == (24, 24)
+
+
+def test_answers_are_found_where_some_tasks_have_no_template():
+    assert places_of_answers([["a", "b"], ["c"], ["d", "e"]], [["a", "b"], [], ["d", "e"]]) == [*range(5), 0, 1, 3, 4]
+    assert places_of_answers([["a"], ["b"]], []) == [0, 1]
+
+
+def test_answers_are_learned_from_prompts_as_the_adapters_know_them():
+    assert not RouterChoices(objective="language_model").reads_plain_prompts
+
+
+def test_a_fit_says_how_the_mixture_routes_from_then_on(command, mixture, capsys, refusal):
+    before = (mixture / "moa_config.json").read_bytes()
+    assert "routing 'luck' does not exist" in refusal(main, command(*ONE, "--routing", "luck"))
+    assert "top_k=9 is out of range" in refusal(main, command(*ONE, "--routing", "top_k", "--top_k", "9"))
+    assert (mixture / "moa_config.json").read_bytes() == before
+    capsys.readouterr()
+    main(command(*ONE, "--routing", "conformal", "--coverage", "0.9"))
+    config = MoaModel.from_pretrained(None, mixture).moa_config
+    assert (config.routing, config.router.conformal.coverage) == ("conformal", 0.9)
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"for 90 % with the right expert in the mix, takes experts of {config.router.floor:.3f}" in said
+    assert ("never two" in said) == (config.router.floor > 0.5)
 
 
 def test_what_is_refused_leaves_no_run_in_the_way_of_the_next(command, mixture, refusal):
