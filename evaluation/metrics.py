@@ -78,7 +78,7 @@ class Accuracy(TaskMetric):
             "precision": precision,
             "recall": recall,
             "f1": f1,
-            "mcc": matthews_corrcoef(references, predictions),
+            "mcc": matthews_corrcoef(references, predictions) if len({*references, *predictions}) > 1 else 0.0,
         }
         return {name: 100 * float(value) for name, value in scores.items()}
 

@@ -105,9 +105,9 @@ def mean_nll(results: Results, system: str) -> float | None:
 
 
 def nll_interval(results: Results, system: str) -> Interval | None:
-    """95 % interval of `mean_nll`, by a bootstrap over the examples of each task; None without those of each."""
+    """95 % interval of `mean_nll`, by a bootstrap over the examples of each task; None without two or more of each."""
     cells = [find_cell(results, system, task) for task in results["tasks"]]
-    if not cells or not all(cell and cell.get("nll_per_example") for cell in cells):
+    if not cells or not all(cell and len(cell.get("nll_per_example") or ()) > 1 for cell in cells):
         return None
     rng, drawn = np.random.default_rng(results["seed"]), []
     for cell in cells:
@@ -151,7 +151,7 @@ def _resampled_means(results: Results, task: str, seed: list[int]) -> dict[str, 
     """
     by_size: dict[int, dict[str, list[float]]] = defaultdict(dict)
     for cell in results["cells"]:
-        if cell["task"] == task and cell.get("per_example"):
+        if cell["task"] == task and len(cell.get("per_example") or ()) > 1:  # of one row nothing is known but itself
             by_size[len(cell["per_example"])][cell["system"]] = cell["per_example"]
     means: dict[str, np.ndarray] = {}
     for size, rows in by_size.items():

@@ -26,6 +26,8 @@ from moa.training.router_options import RouterChoices
 from moa.training.router_report import REPORT_NAME, report, show_report, write_report
 
 ACCURACY = "router accuracy on held-out prompts"
+BEST_FOUND = "held-out prompts sent to the adapter that answers best"
+"""What is counted right where the objective is utility."""
 
 
 def train_mixture(
@@ -164,7 +166,9 @@ def _fit_and_save(fit: RouterFit, run: Run, folder: Path) -> None:
     config = model.moa_config
     config.forget_routed_scores()
     found = report(fitted, model.experts)
-    config.scores[ACCURACY] = found["accuracy"]
+    config.scores = {name: score for name, score in config.scores.items() if name not in (ACCURACY, BEST_FOUND)}
+    right = BEST_FOUND if fit.choices.objective == "utility" else ACCURACY
+    config.scores[right] = found["accuracy"]
     model.save_pretrained(folder)
     write_report(found, run.directory)
     base = model.get_base_model()
@@ -173,7 +177,7 @@ def _fit_and_save(fit: RouterFit, run: Run, folder: Path) -> None:
     show_report(found, Console())
     low, high = found["interval"]
     print(
-        f"router accuracy {found['accuracy']:.3f} (95 % interval {low:.3f} to {high:.3f}) on {found['n']} "
-        f"held-out prompts, which also chose it; temperature {found['temperature']:.2f}"
+        f"{right}: {found['accuracy']:.3f} (95 % interval {low:.3f} to {high:.3f}) of {found['n']}, which also chose "
+        f"it; temperature {found['temperature']:.2f}"
     )
     print(f"mixture saved to {folder}", flush=True)

@@ -169,6 +169,14 @@ def test_systems_scored_on_the_same_rows_are_resampled_together(two):
     assert high - low == pytest.approx(2 * 1.96 * 50 / 40**0.5 / 2, abs=1.5)
 
 
+def test_one_row_of_a_task_gives_no_interval(two):
+    few = deepcopy(two)
+    cell = next(cell for cell in few["cells"] if cell["system"] == "merge:svd")
+    cell["per_example"], cell["nll_per_example"] = cell["per_example"][:1], [cell["nll"]]
+    assert normalised(few)["merge:svd"]["ci"] is None and nll_interval(few, "merge:svd") is None
+    assert normalised(few)["merge:svd"]["score"] is not None
+
+
 def test_the_same_seed_gives_the_same_interval_and_another_seed_another(two):
     assert normalised(two) == normalised(deepcopy(two))
     assert normalised(two)["merge:svd"]["ci"] != normalised({**two, "seed": 8})["merge:svd"]["ci"]
