@@ -23,6 +23,8 @@ LAYER_SAMPLE, MODEL_SAMPLE = 2**16, 2**20
 """Entries of each adapter that are drawn at most to set a bracket, over one layer or over all."""
 DEVIATIONS = 5.0
 """Half the width of the first bracket, in standard deviations of the sample's quantile."""
+LEAST_MARGIN = 0.4
+"""Entries of the sample for each of them, so that the bracket grows also where all or nearly all entries are kept."""
 
 T = TypeVar("T")
 Pass = Callable[[Callable[[str, DenseRows], T]], Iterable[tuple[str, T]]]
@@ -147,7 +149,7 @@ class Search:
 
     def _bracket(self, deviations: float) -> None:
         m = len(self.sample)
-        margin = deviations * math.sqrt(self.share * (1 - self.share) / m) + 2 / m
+        margin = deviations * (math.sqrt(self.share * (1 - self.share) / m) + LEAST_MARGIN / m)
         high, low = math.ceil((1 - self.share + margin) * m), math.floor((1 - self.share - margin) * m)
         within = [at for at in (low, high) if 0 < at < m]
         ordered = np.partition(self.sample, within) if within else self.sample

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -96,6 +97,14 @@ def test_a_bracket_that_misses_is_widened_until_it_holds_the_threshold(monkeypat
     sizes = torch.cat([dense.rows(0, rows) for rows in dense.blocks()]).abs().flatten()
     assert trim.size == float(sizes.sort(descending=True).values[int(0.2 * len(sizes)) - 1])
     assert len(passes) > 2  # one to draw the sample, one with the first bracket, and more
+
+
+@pytest.mark.parametrize("count", [1, 49, 50])
+def test_a_sample_that_was_rounded_to_below_all_entries_finds_the_threshold_all_the_same(count):
+    below, size = np.float32(0.1), np.nextafter(np.float32(0.1), np.float32(1))
+    search = thresholds.Search(0, count, 50, np.full(50, below), floor=0.0)
+    thresholds.settle([search], lambda see: see("layer", 0, np.full(50, size)))
+    assert search.size == size and search.trim("layer").ties == count
 
 
 def test_entries_of_equal_size_are_kept_in_the_order_of_rows_and_columns(monkeypatch):
