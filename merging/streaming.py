@@ -179,9 +179,15 @@ def beginning(updates: Sequence[LowRank], count: int, seed: int) -> Tensor:
 
 
 def _as_factors(matrix: Tensor) -> LowRank:
-    """c I and M / c, in the order that fits; c is a power of two, so nothing is rounded, and evens out the sizes."""
+    """c I and M / c, in the order that fits; c is a power of two, so nothing is rounded, and evens out the sizes.
+
+    Raises:
+        OverflowError: entries that are infinite, or differences of such.
+    """
     o, n = matrix.shape
     largest = float(matrix.abs().max())
+    if not math.isfinite(largest):
+        raise OverflowError("entries leave the range of float32")
     c = 2.0 ** round(math.log2(largest) / 2) if largest else 1.0
     identity = c * torch.eye(min(o, n), dtype=matrix.dtype)
     return LowRank(identity, matrix / c) if o <= n else LowRank(matrix / c, identity)

@@ -330,6 +330,6 @@ def test_numbers_too_large_to_be_merged_are_refused_in_one_sentence(folders, tmp
     huge = read_adapter(folders[0])
     modules = {name: LowRank(update.B * 1e30, update.A * 1e30) for name, update in huge.modules.items()}
     write_adapter(tmp_path / "huge", modules, base_model=huge.base_model, dtype=torch.float32)
-    for method in ("ties", "knots", "consensus", "della"):
-        said = refusal([tmp_path / "huge", folders[1]], method=method)
+    for method, rank in [("ties", None), ("knots", None), ("consensus", None), ("della", None), ("ties", "full")]:
+        said = refusal([tmp_path / "huge", folders[1]], method=method, rank=rank)
         assert "so large that products of them leave the range of numbers, give smaller ones" in said
