@@ -1,7 +1,8 @@
 """What `moa merge` takes on its command line, and its help, which shows what concerns the merge that is asked about.
 
 Options of the methods, and those of the rule for ranks, become flags by themselves: a new one needs no line here. A
-flag is shown with hyphens and may be written with underscores too.
+flag is shown with hyphens and may be written with underscores too. One that takes several values may be given several
+times: none of them is lost.
 """
 
 import argparse
@@ -78,7 +79,14 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     add("adapters", nargs="*", metavar="ADAPTER", help="folder of an adapter, or its repository on the Hub")
     add("--config", metavar="FILE", help="recipe in YAML, or the folder of a merged adapter to merge it again")
     add("--method", help="how to merge (default: svd)")
-    add("--weights", nargs="+", type=float, metavar="W", help="one for each adapter (default: 1/N each)")
+    add(
+        "--weights",
+        nargs="+",
+        action="extend",
+        type=float,
+        metavar="W",
+        help="one for each adapter (default: 1/N each)",
+    )
     add("--rank", type=_rank, help="rank of the result: a number, auto, or full (default: the method's own)")
     add("--output", metavar="FOLDER", help="folder to create")
     add("--name", help="name in the report (default: the method's)")
@@ -99,14 +107,15 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
 def add_initial(parser: argparse.ArgumentParser) -> None:
     """The flag for adapters whose initialisation changed the base model, as pairs of a name and a folder."""
     text = "PiSSA or OLoRA adapter before its training"
-    parser.add_argument("--initial", nargs="+", type=_pair, metavar="NAME=FOLDER", help=text)
+    parser.add_argument("--initial", nargs="+", action="extend", type=_pair, metavar="NAME=FOLDER", help=text)
 
 
 def _add_data(parser: argparse.ArgumentParser, needs: set[str]) -> None:
     """What a user brings along, shown to those who need it."""
 
     def add(need: str, flag: str, text: str, **settings: Any) -> None:
-        data.add_argument(flag, help=text if need in needs else argparse.SUPPRESS, **settings)
+        several = {"action": "extend"} if "nargs" in settings else {}
+        data.add_argument(flag, help=text if need in needs else argparse.SUPPRESS, **several, **settings)
 
     data = parser.add_argument_group("for methods that need data")
     add("statistics", "--statistics", "by moa statistics (default: beside each adapter)", nargs="+", metavar="FILE")
@@ -121,9 +130,9 @@ def _add_kept(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     text = "where it is kept: created, or changed and merged again, as the last time unless --method says otherwise"
     add("--state", metavar="FOLDER", help=text)
-    add("--add", nargs="+", metavar="ADAPTER[=W]", help="adapters to take in")
-    add("--remove", nargs="+", metavar="NAME", help="adapters to take out")
-    add("--reweight", nargs="+", type=_weight, metavar="NAME=W", help="weights to change")
+    add("--add", nargs="+", action="extend", metavar="ADAPTER[=W]", help="adapters to take in")
+    add("--remove", nargs="+", action="extend", metavar="NAME", help="adapters to take out")
+    add("--reweight", nargs="+", action="extend", type=_weight, metavar="NAME=W", help="weights to change")
     add("--state-rank", type=int, metavar="N", help="keep the weighted sum alone, at this rank (default: keep all)")
 
 

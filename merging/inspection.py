@@ -74,7 +74,8 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("adapters", nargs="+", metavar="ADAPTER", help="folder of an adapter, or its repository on the Hub")
-    add("--weights", nargs="+", type=float, help="one for each adapter in the predicted sum (default: 1/N each)")
+    weights = "one for each adapter in the predicted sum (default: 1/N each)"
+    add("--weights", nargs="+", action="extend", type=float, help=weights)
     add("--output", help="folder to create, with geometry.json and geometry.png")
     add("--json", action="store_true", help="print everything as JSON, the layers too")
     add("--seed", type=int, default=0, help="for the entries whose signs are compared (default: %(default)s)")

@@ -79,6 +79,12 @@ def test_adding_removing_and_reweighting_are_a_fresh_merge_of_what_is_left(comma
     assert MergeState.load(kept).weights == {"a": 2.0, "c": -0.1}
 
 
+def test_what_takes_several_values_may_be_given_several_times(command, folders, kept):
+    words = ["--add", f"{folders[2]}=1", "--reweight", "a=3", "--reweight", "b=0.2", "--rank", "9"]
+    assert_same_change(command(*words), summed(folders, [3, 0.2, 1]))
+    assert_same_change(command("--remove", "a", "--remove", "b", "--rank", "3"), summed(folders[2:], [1]))
+
+
 def test_all_changes_may_be_asked_for_at_once(command, folders, kept):
     output = command("--add", f"{folders[2]}=3", "--remove", "a", "--reweight", "b=0.25", "--rank", "6")
     assert_same_change(output, summed(folders[1:], [0.25, 3]))
