@@ -32,11 +32,12 @@ def main(argv: list[str] | None = None) -> None:
     if rule := _rank_rule(asked):
         asked["rank"] = RankRule(**rule)
     result = _kept(asked) if "state" in asked else _merged(asked)
-    console = Console()
+    console = Console(markup=False)  # paths may have brackets
     console.print(result.report)
     if "state" in asked:
-        console.print(f"kept in {asked['state']} ({_size(asked['state'])})")
-    console.print(f"written to {result.path}" if result.path else "no --output was given, so no adapter was written")
+        console.print(f"kept in {asked['state']} ({_size(asked['state'])})", soft_wrap=True)
+    said = f"written to {result.path}" if result.path else "no --output was given, so no adapter was written"
+    console.print(said, soft_wrap=True)  # a path stays one word
 
 
 def _size(folder: str) -> str:

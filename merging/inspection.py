@@ -59,10 +59,10 @@ def main(argv: list[str] | None = None) -> None:
     if asked.json:
         print(_json(found), end="")
     else:
-        Console().print(tables(found), highlight=False)
+        Console(markup=False).print(tables(found), highlight=False)  # names may have brackets
     if asked.output:
         _write(Path(asked.output), found)
-        errors.print(f"written to {asked.output}")
+        errors.print(f"written to {asked.output}", markup=False, soft_wrap=True)
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:

@@ -152,7 +152,7 @@ class MergeReport:
             table.add_column(column, justify="left" if column in ("adapter", "sha256") else "right")
         for source in self.sources:
             table.add_row(
-                source.name,
+                Text(source.name),  # brackets in it are no markup
                 f"{source.weight:.4g}",
                 _span(*source.ranks),
                 str(source.modules),

@@ -16,6 +16,7 @@ from moa.merging import Merged, RankRule, find_method, merge, merge_method, meth
 from moa.merging.catalog import main as methods_command
 from moa.merging.catalog import markdown
 from moa.merging.cli import main as merge_command
+from moa.merging.inspection import main as inspect_command
 from moa.merging.registry import _METHODS, optional
 from moa.merging.statistics import LayerStatistics
 
@@ -247,6 +248,17 @@ def test_the_merge_command_writes_what_the_function_returns(folders, tmp_path, c
     merge(folders, "ties", density=0.5, weights=[1, -0.5, 1], rank=4, output=tmp_path / "same")
     for file in ("adapter_model.safetensors", "adapter_config.json", "merge_report.json"):
         assert (tmp_path / "out" / file).read_bytes() == (tmp_path / "same" / file).read_bytes()
+
+
+def test_names_with_brackets_and_long_paths_are_printed_as_they_are(folders, tmp_path, capsys):
+    folder, output = tmp_path / "[bold]x[red]", tmp_path / f"[b]{'long' * 40}"
+    folders[0].rename(folder)
+    merge_command([str(folder), str(folders[1]), "--output", str(output)])
+    said = capsys.readouterr().out
+    assert "[bold]x[red]" in said and f"written to {output}\n" in said
+    inspect_command([str(folder), str(folders[1]), "--output", f"{output}-2"])
+    said = capsys.readouterr()
+    assert "[bold]x[red]" in said.out and f"written to {output}-2\n" in said.err
 
 
 def test_a_weight_may_be_written_with_a_negative_number_and_an_exponent(folders, tmp_path):
