@@ -77,7 +77,7 @@ def check_output(output: str | Path) -> None:
     """
     if not str(output):
         raise AdapterError("the output folder is an empty path: name a folder to create")
-    if Path(output).exists():
+    if os.path.lexists(output):  # also a link to nowhere, inside which nothing can be created
         raise AdapterError(f"{output} exists already: choose another output folder, or remove it first")
     place = next(parent for parent in Path(output).resolve().parents if parent.exists())
     if not place.is_dir():

@@ -161,6 +161,8 @@ def test_an_existing_output_folder_is_refused_and_left_alone(folders, tmp_path):
     output.mkdir()
     assert "exists already: choose another output folder" in refusal(folders, output=output)
     assert list(output.iterdir()) == []
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    assert "link exists already: choose another output folder" in refusal(folders, output=tmp_path / "link")
 
 
 def test_a_failed_merge_leaves_nothing_behind(folders, tmp_path, edit_weights):
