@@ -12,7 +12,7 @@ import torch
 from moa.adapters import Adapter
 from moa.merging.api import MergeResult, check_together, merge
 from moa.merging.asked import Asked
-from moa.merging.checks import check_rank, check_same_base, checked_weights
+from moa.merging.checks import check_rank, check_same_base, checked_weights, layer_ranks
 from moa.merging.layers import Progress
 from moa.merging.members import Members
 from moa.merging.registry import MergeMethod
@@ -52,8 +52,9 @@ class Planned:
         for one in self.merges():
             if all(inner.asked.check_base for inner in one.merges()):
                 check_same_base(one.leaves, one.asked.base)
-            check_together(one.asked, Members(one.leaves, [1.0] * len(one.leaves)))
-            check_rank("full" if one.asked.rule else one.asked.rank, one.asked.method)
+            leaves = Members(one.leaves, [1.0] * len(one.leaves))
+            check_together(one.asked, leaves)
+            one._check_rank(leaves)
         _check_apart([Path(one.asked.output) for one in self.merges() if one.asked.output is not None])
 
     def merged(self, progress: Progress) -> MergeResult:
@@ -67,6 +68,17 @@ class Planned:
             if isinstance(member, Planned):
                 yield from member.merges()
         yield self
+
+    def _check_rank(self, leaves: Members) -> None:
+        """Refuse a rank that no layer can have; what merges inside leave to a layer, it can have up to its size."""
+        rank = "full" if self.asked.rule else self.asked.rank
+        if not any(isinstance(member, Planned) for member in self.members):
+            layer_ranks(rank, self.asked.method, leaves.merging, leaves.shapes)
+            return
+        check_rank(rank, self.asked.method)
+        most = max(min(size) for size in leaves.shapes.values())
+        if isinstance(rank, int) and not 1 <= rank <= most:
+            raise ValueError(f"rank must be from 1 to {most}, the size of the layers, got {rank}")
 
     @cached_property
     def leaves(self) -> list[Adapter]:
