@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from peft.tuners.lora import LoraLayer
 from peft.utils.integrations import dequantize_module_weight
-from torch import Tensor, nn
+from torch import Tensor, UntypedStorage, nn
 
 from moa.blocks import blocks_of, own_low_rank
 from moa.constants import constant
@@ -37,7 +37,7 @@ class GatedLayer(nn.Module):
 
     route: RouteState
     place: int
-    stacks: dict[int, tuple[tuple, Stack | None]]
+    stacks: dict[int, tuple[tuple, Stack | None, list[UntypedStorage]]]
     looked: tuple | None
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -114,14 +114,19 @@ class GatedLayer(nn.Module):
             self._kept_stack(members, parts, columns)
 
     def _kept_stack(self, members: dict[int, str], parts: Sequence[Tensor], columns: int) -> Stack | None:
-        """What was stacked of these parts, which are as they were then, or anew."""
+        """What was stacked of these parts, which are as they were then, or anew.
+
+        What it was stacked of is held in memory, or an adapter that comes when one has gone could take its addresses.
+        """
         if torch.compiler.is_compiling():
             return self.stacks[columns][1] if columns in self.stacks else self._build_stack(members, columns)
         scalings = [self.scaling[name] for name in members.values()]
-        built_from = members, scalings, [part.data_ptr() for part in parts], [part._version for part in parts]
+        versions = [None if part.is_inference() else part._version for part in parts]
+        built_from = members, scalings, [part.data_ptr() for part in parts], versions
         if columns not in self.stacks or self.stacks[columns][0] != built_from:
+            held = [part.untyped_storage() for part in parts]
             with torch.inference_mode(False):  # a later forward may train what it meets on the way
-                self.stacks[columns] = built_from, self._build_stack(members, columns)
+                self.stacks[columns] = built_from, self._build_stack(members, columns), held
         self.looked = self.route.steady, columns
         return self.stacks[columns][1]
 

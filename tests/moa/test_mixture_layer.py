@@ -701,3 +701,41 @@ def test_what_changes_in_place_in_an_adapter_is_seen(build, make_adapter, tmp_pa
             before = after
     with model.using("dora"):
         close(before[1:2], logits(model, PROMPT[1:2]))
+
+
+def test_an_adapter_that_takes_the_name_and_the_memory_of_one_that_has_gone_is_another(build, make_adapter, tmp_path):
+    folders = [make_adapter(tmp_path / f"{seed}", seed=seed, r=2) for seed in (4, 5)]
+    model = build({"cats": folders[0], "dogs": folders[1]})
+    model.set_adapter("dogs", inference_mode=True)  # PEFT warns where the active adapter goes
+    for folder in folders[::-1] * 2:
+        model.delete_adapter("cats")
+        model.load_adapter(str(folder), "cats")
+        with model.pinned(["cats"] * 3):
+            got = logits(model)
+        with model.using("cats"):
+            close(got, logits(model))
+
+
+def test_factors_that_are_replaced_twice_are_seen(build, adapters):
+    model = build(adapters)
+    with model.pinned(["cats"] * 3):
+        logits(model)
+        for layer in model.gated_layers:
+            if "cats" in layer.lora_B:
+                factor = layer.lora_B["cats"].weight
+                for _ in range(2):  # what was freed the first time may be what is given out the second time
+                    factor.data = factor.data * 2
+        got = logits(model)
+    with model.using("cats"):
+        close(got, logits(model))
+
+
+def test_a_mixture_that_is_loaded_in_inference_mode_runs(build, adapters, alone):
+    with torch.inference_mode():
+        model = build(adapters)
+        with model.pinned(NAMES):
+            inside = model(input_ids=PROMPT).logits.clone()
+    with model.pinned(NAMES):
+        close(logits(model), inside)
+    for row, name in enumerate(NAMES):
+        close(inside[row : row + 1], alone(adapters[name], PROMPT[row : row + 1]))
