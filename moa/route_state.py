@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from moa.stack import Stack
 
 RECOMPUTED = ("weights", "token_rows", "broadcast", "crossed")
-RUNS = ("_weights", "_choices", "_gates", "_layer_router", "token_rows", "broadcast", "crossed", "off")
+RUNS = ("_weights", "_choices", "_chosen_at", "_gates", "_layer_router", "token_rows", "broadcast", "crossed", "off")
 """All that decides what a layer computes."""
 
 
@@ -56,6 +56,7 @@ class RouteState:
         self.layers: tuple[str, ...] = ()
         self._weights: Tensor | None = None
         self._choices: tuple[Choice, ...] | None = None
+        self._chosen_at: int | None = None
         self._gates: dict[tuple, Tensor] = {}
         self._layer_router: LayerRouter | None = None
         self.token_rows: Int[Tensor, "1 tokens"] | None = None
@@ -70,13 +71,13 @@ class RouteState:
 
     @weights.setter
     def weights(self, weights: Tensor | None) -> None:
-        found = None
+        found = version = None
         if weights is not None:
             self._check_shape(weights)
             look = look_at(weights)
             self._check_values(weights, look.finite)
-            found = choices(weights, look)
-        self._weights, self._gates, self._choices = weights, {}, found
+            found, version = choices(weights, look), _version(weights)
+        self._weights, self._gates, self._choices, self._chosen_at = weights, {}, found, version
 
     @property
     def layer_router(self) -> LayerRouter | None:
@@ -162,17 +163,19 @@ class RouteState:
         of_tokens = found is None or found.dim() > 3 or self.token_rows is not None
         if of_tokens or found.requires_grad or torch.compiler.is_compiling():
             return stack.gate(weights)
-        version = None if found.is_inference() else found._version  # they may be changed in place
         layer = place if found.dim() > 2 else None
-        alike = version, layer, weights.dim(), stack.ranks, stack.members, stack.A.dtype, stack.A.device
+        alike = _version(found), layer, weights.dim(), stack.ranks, stack.members, stack.A.dtype, stack.A.device
         if alike not in self._gates:
             with torch.inference_mode(False):  # a later forward may want gradients through it
                 self._gates[alike] = stack.gate(weights)
         return self._gates[alike]
 
     def choice_at(self, place: int) -> Choice | None:
-        """The one expert of each row at a layer; None where rows mix experts, or tokens of one row differ."""
+        """The one expert of each row at a layer; None where rows mix experts, or tokens of one row differ, or weights
+        were changed since the experts were looked for."""
         if self._choices is None or self.token_rows is not None or self.crossed:
+            return None
+        if not torch.compiler.is_compiling() and _version(self._weights) != self._chosen_at:
             return None
         return self._choices[place if len(self._choices) > 1 else 0]
 
@@ -231,6 +234,11 @@ class RouteState:
                 f"the routing is for {tokens} tokens a row, this batch has {x.shape[1]}: weights of each token serve "
                 "the batch that they were made for, without a cache"
             )
+
+
+def _version(weights: Tensor) -> int | None:
+    """Another number after weights were changed in place."""
+    return None if weights.is_inference() else weights._version
 
 
 def _mixed_dora(name: str) -> str:

@@ -579,6 +579,16 @@ def test_weights_that_are_changed_in_place_are_seen(build, adapters):
         close(changed, logits(model))
 
 
+def test_an_expert_that_is_changed_in_place_is_seen_where_rows_read_their_own_factors(build, many, few_ranks):
+    model, weights = build(many), torch.tensor([[1.0, 0, 0]])
+    with model.pinned(Routing(weights)):
+        logits(model)
+        weights.copy_(torch.tensor([[0, 0, 1.0]]))
+        changed = logits(model)
+    with model.pinned([list(many)[2]] * 3):
+        close(changed, logits(model))
+
+
 def test_what_a_hook_saw_of_the_base_layer_stays_as_it_saw_it(build, adapters):
     model, seen = build(adapters), []
     layer = model.get_base_model().model.layers[0].self_attn.q_proj.base_layer
