@@ -102,7 +102,8 @@ def remove_expert(
         after = _accuracies(router, held_out, judged, left)
     if name in model.active_adapters:
         model.set_adapter(left[0], inference_mode=True)
-    model.delete_adapter(name)
+    if name in model.peft_config:  # else its caller has deleted it
+        model.delete_adapter(name)
     model.expert_folders.pop(name, None)
     fitted = replace(model.moa_config.router, calibration=None)
     return Growth(before, after, _finish(model, left, router, fitted))

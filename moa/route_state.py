@@ -194,6 +194,11 @@ class RouteState:
                 f"the weights have {weights.shape[-1]} columns, the mixture {len(self.experts)} experts "
                 f"({', '.join(self.experts)}): give one column for each, in this order{fallback}"
             )
+        if gone := [name for name in self.experts if name not in self.held]:
+            raise ValueError(
+                f"the adapter of expert {gone[0]!r} was deleted: load one under its name, or take the expert out of the "
+                f"mixture with model.remove_expert({gone[0]!r})"
+            )
         layers = (len(self.layers),) if weights.dim() == 3 else (len(self.layers), 1)
         if weights.dim() > 2 and weights.shape[1] not in layers:
             raise ValueError(

@@ -242,3 +242,20 @@ def test_an_mlp_head_the_last_expert_and_a_pinned_model_are_refused(model, token
     model.remove_expert("cats")
     with pytest.raises(ValueError, match="the only expert"):
         model.remove_expert("dogs")
+
+
+def test_an_expert_whose_adapter_was_deleted_is_refused_until_it_comes_back_or_is_taken_out(model, adapters):
+    ids = torch.tensor([[3, 7, 9, 11, 24, 5]])
+    with model.pinned(["cats"]), torch.no_grad():
+        before = model(input_ids=ids).logits
+    model.set_adapter("cats", inference_mode=True)
+    model.delete_adapter("dogs")
+    with pytest.raises(ValueError, match=r"expert 'dogs' was deleted.*remove_expert\('dogs'\)"), model.pinned(["dogs"]):
+        pass
+    model.load_adapter(str(adapters["dogs"]), "dogs")
+    with model.pinned(["dogs"]):
+        pass
+    model.delete_adapter("dogs")
+    model.remove_expert("dogs")
+    with model.pinned(["cats"]), torch.no_grad():
+        assert torch.equal(model(input_ids=ids).logits, before)
