@@ -196,8 +196,8 @@ class RouteState:
             )
         if gone := [name for name in self.experts if name not in self.held]:
             raise ValueError(
-                f"the adapter of expert {gone[0]!r} was deleted: load one under its name, or take the expert out of the "
-                f"mixture with model.remove_expert({gone[0]!r})"
+                f"the adapter of expert {gone[0]!r} was deleted: load one under its name, or take the expert out with "
+                f"model.remove_expert({gone[0]!r})"
             )
         layers = (len(self.layers),) if weights.dim() == 3 else (len(self.layers), 1)
         if weights.dim() > 2 and weights.shape[1] not in layers:

@@ -250,7 +250,7 @@ def test_an_expert_whose_adapter_was_deleted_is_refused_until_it_comes_back_or_i
         before = model(input_ids=ids).logits
     model.set_adapter("cats", inference_mode=True)
     model.delete_adapter("dogs")
-    with pytest.raises(ValueError, match=r"expert 'dogs' was deleted.*remove_expert\('dogs'\)"), model.pinned(["dogs"]):
+    with pytest.raises(ValueError, match=r"expert 'dogs' was deleted.*remove_expert"), model.pinned(["dogs"]):
         pass
     model.load_adapter(str(adapters["dogs"]), "dogs")
     with model.pinned(["dogs"]):
