@@ -49,6 +49,8 @@ def read_experts(base: PreTrainedModel, adapters: Mapping[str, str | Path], *, c
         check_adapter_name(base, name)
     if check_base:
         _check_base(base, read.values())
+    for adapter in read.values():
+        _check_fits(base, adapter)
     return read
 
 
@@ -113,6 +115,24 @@ def _check_base(base: PreTrainedModel, adapters: Iterable[Adapter]) -> None:
             raise ValueError(
                 f"adapter {adapter.name!r} was trained on {adapter.base_model!r}, this model is {ours!r}: "
                 "load it on its own base, or pass check_base=False if they share weights"
+            )
+
+
+def _check_fits(base: nn.Module, adapter: Adapter) -> None:
+    """Refuse updates that this model has no layer for, which PEFT would drop, or break the model over half-way."""
+    modules = dict(base.named_modules())
+    for name, shape in adapter.shapes.items():
+        layer = modules.get(name)
+        if layer is None:
+            raise ValueError(
+                f"adapter {adapter.name!r} adapts {name!r}, which this model does not have: load it on the base model "
+                "that it was trained on"
+            )
+        sizes = getattr(layer, "in_features", shape.n), getattr(layer, "out_features", shape.o)
+        if sizes != (shape.n, shape.o):
+            raise ValueError(
+                f"adapter {adapter.name!r} is for another base model, to be loaded on that one: its {name!r} reads "
+                f"{shape.n} and writes {shape.o} numbers, this model's {sizes[0]} and {sizes[1]}"
             )
 
 

@@ -351,3 +351,33 @@ def test_a_mixed_batch_in_bf16_equals_each_adapter_alone_to_the_bit(base_folder,
     for row, name in enumerate(["films", "cats", "dogs"]):
         with model.using(name):
             assert torch.equal(mixed[row], logits(model, tokens)[row])
+
+
+@pytest.mark.parametrize(
+    ("names", "repeats", "complaint"),
+    [
+        (("layers.3", "layers.7"), 1, r"adapts 'model.layers.7.*', which this model does not have"),
+        (("q_proj", "other_proj"), 1, r"adapts 'model.layers.0.self_attn.other_proj'"),
+        (("", ""), 2, r"for another base model.*reads 64 and writes 32 numbers, this model's 32 and 32"),
+    ],
+)
+def test_an_adapter_that_does_not_fit_the_base_model_is_refused_before_it_is_loaded(
+    base_model, adapters, tmp_path, names, repeats, complaint
+):
+    folder = shutil.copytree(adapters["cats"], tmp_path / "other")
+    tensors = load_file(folder / "adapter_model.safetensors")
+    changed = {
+        key.replace(*names): torch.cat([tensor] * repeats, dim=1) if ".lora_A." in key else tensor
+        for key, tensor in tensors.items()
+    }
+    save_file(changed, folder / "adapter_model.safetensors")
+    config = folder / "adapter_config.json"
+    config.write_text(config.read_text().replace(*names))
+    before = set(base_model.state_dict())
+    with pytest.raises(ValueError, match=complaint):
+        MoaModel.from_adapters(base_model, {"dogs": adapters["dogs"], "other": folder})
+    assert set(base_model.state_dict()) == before
+    model = MoaModel.from_adapters(base_model, {"dogs": adapters["dogs"]})
+    with pytest.raises(ValueError, match=complaint):
+        model.add_expert("other", folder)
+    assert list(model.peft_config) == ["dogs"]
