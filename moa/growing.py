@@ -75,12 +75,23 @@ def add_expert(
         grown, fitted = with_expert(router, pooled, at_depths), _widened(router, fitted, pooled)
         own = torch.cat([one(rest).argmax(dim=-1) for one, rest in folds(router, pooled)]) == len(model.experts)
         after = {name: float(own.float().mean())} | _accuracies(grown, held_out, judged, (*model.experts, name))
-    widened = adapter_dtype(model.get_base_model()) == torch.float32
-    model.load_adapter(adapter.path, name, autocast_adapter_dtype=widened)  # as those that are there
+    _load(model, name, adapter.path)
     model.expert_folders[name] = adapter.path
     if router is not None:
         router = grown
     return Growth(before, after, _finish(model, (*model.experts, name), router, fitted))
+
+
+def _load(model: MoaModel, name: str, path: Path) -> None:
+    """Load the adapter as those that are there; one that fails, for lack of memory or by Ctrl-C, leaves nothing."""
+    widened = adapter_dtype(model.get_base_model()) == torch.float32
+    try:
+        model.load_adapter(path, name, autocast_adapter_dtype=widened)
+    except BaseException:
+        model.gate_layers()  # those that only this adapter has stay, and do nothing
+        if name in model.peft_config:
+            model.delete_adapter(name)
+        raise
 
 
 def remove_expert(

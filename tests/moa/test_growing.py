@@ -259,3 +259,29 @@ def test_an_expert_whose_adapter_was_deleted_is_refused_until_it_comes_back_or_i
     model.remove_expert("dogs")
     with model.pinned(["cats"]), torch.no_grad():
         assert torch.equal(model(input_ids=ids).logits, before)
+
+
+@pytest.mark.parametrize("step", ["load_peft_weights", "set_peft_model_state_dict"])
+def test_an_expert_that_could_not_be_loaded_leaves_nothing_and_may_come_again(model, adapters, monkeypatch, step):
+    ids = torch.tensor([[3, 7, 9, 11, 24, 5]])
+
+    def logits(name):
+        with torch.no_grad(), model.pinned([name]):
+            return model(input_ids=ids).logits
+
+    before = {name: logits(name) for name in model.experts}
+    with monkeypatch.context() as broken, pytest.raises(KeyboardInterrupt):
+        broken.setattr(f"peft.peft_model.{step}", raise_interrupt)
+        model.add_expert("films", adapters["films"])  # has layers that no other expert has
+    assert list(model.peft_config) == list(model.experts) == ["cats", "dogs"]
+    assert all(torch.equal(logits(name), before[name]) for name in before)
+    model.add_expert("films", adapters["films"])
+    stock = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(model.get_base_model().name_or_path), adapters["films"]
+    )
+    with torch.no_grad():
+        torch.testing.assert_close(logits("films"), stock(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
+
+
+def raise_interrupt(*given, **options):
+    raise KeyboardInterrupt
