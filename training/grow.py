@@ -74,6 +74,9 @@ def _pairs(given: Sequence[str]) -> dict[str, str]:
             raise ValueError(
                 f"--add takes NAME=ADAPTER, the adapter a folder or a Hub repository: got {name + equals}"
             )
+    names = [name for name, _, _ in pairs]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise ValueError(f"--add names {min(twice)!r} twice: give each expert a name of its own")
     return {name: path for name, _, path in pairs}
 
 

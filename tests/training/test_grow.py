@@ -51,6 +51,7 @@ def test_bad_input_is_one_sentence_and_changes_nothing(mixture, adapters, refusa
     for words, message in (
         ([], "nothing to do"),
         (["--add", "piqa"], "--add takes NAME=ADAPTER"),
+        (["--add", f"piqa={adapters['films']}", "piqa=elsewhere"], "--add names 'piqa' twice"),
         (["--remove", "birds"], "no expert is called 'birds'"),
         (["--add", f"piqa={adapters['films']}", "--tasks", "sst2", "squad"], "no task is called 'piqa'"),
     ):
