@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import get_args
@@ -57,6 +58,11 @@ class Judged:
     def nll(self) -> float:
         return float(self.losses.mean())
 
+    @property
+    def diverged(self) -> bool:
+        """Whether its training left numbers that are not finite."""
+        return not self.losses.isfinite().all()
+
 
 @dataclass(frozen=True)
 class Split:
@@ -104,15 +110,23 @@ def compare(
 ) -> list[Judged]:
     """Fit each candidate as the winner will be, without checkpoints and logs, and judge it; the cheapest come first.
 
-    Once one is `unbeatable` the others, which cost more, are left out.
+    Once one is `unbeatable` the others, which cost more, are left out, and one that diverges is, with a warning.
     """
     judged = []
     for candidate in track(sorted(candidates, key=_cost), description="comparing routers", transient=True):
-        router = quietly_fitted(candidate, seen, hidden_units, training)
-        judged.append(judge(candidate, router, unseen))
-        if unbeatable(judged[-1]):
+        found = judge(candidate, quietly_fitted(candidate, seen, hidden_units, training), unseen)
+        if found.diverged:
+            warnings.warn(f"{diverged(candidate)}: it is left out", stacklevel=2)
+            continue
+        judged.append(found)
+        if unbeatable(found):
             break
     return judged
+
+
+def diverged(candidate: Candidate) -> str:
+    """What happened to a router whose training left no numbers."""
+    return f"the training of the {candidate.head} router ({candidate.pooling}, layer {candidate.layer}) diverged"
 
 
 def quietly_fitted(
@@ -165,7 +179,12 @@ def best_of(judged: Sequence[Judged]) -> Judged:
     Where accuracies lie within two standard errors of their difference on the same prompts, nothing tells routers
     apart; then likelihoods are compared, within one, and at last the layer, the head and the pooling: the shallower
     and simpler one.
+
+    Raises:
+        ValueError: none is left, for all diverged.
     """
+    if not judged:
+        raise ValueError("the training of every router that was compared diverged: lower --learning_rate")
     most = max(judged, key=lambda one: (one.accuracy, -one.nll))
     accurate = [one for one in judged if not _surely_worse(most.right.float() - one.right.float(), 2)]
     likeliest = min(accurate, key=lambda one: one.nll)

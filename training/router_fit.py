@@ -32,6 +32,7 @@ from moa.training.router_choice import (
     Split,
     best_of,
     compare,
+    diverged,
     judge,
     new_router,
     quietly_fitted,
@@ -147,7 +148,7 @@ class RouterFit:
         count = f"{len(compared)} router{'s' * (len(compared) > 1)}"
         self._say(f"{count} compared in {time.perf_counter() - started:.1f} s{rest}")
         router = self._fit(chosen, checkpoint)
-        judged = judge(chosen, router, self.unseen)
+        judged = _converged(judge(chosen, router, self.unseen))
         objective, layer, names = self.choices.objective, chosen.layer, self.model.experts
         seen, unseen = (split.pooled(router, layer) for split in (self.seen, self.unseen))
         router.detector = self._detector(router, seen)
@@ -182,7 +183,7 @@ class RouterFit:
                 self._read_tokens(layer)
             candidate = replace(chosen, layer=layer)
             router = quietly_fitted(candidate, self.seen, self.choices.hidden_units, self.training)
-            judged = judge(candidate, router, self.unseen)
+            judged = _converged(judge(candidate, router, self.unseen))
             router.detector = self._detector(router, self.seen.pooled(router, layer))
             fitted.append((judged, router))
         return fitted
@@ -250,6 +251,12 @@ def check_count(tasks: int) -> None:
     """Refuse a choice between fewer than two."""
     if tasks < 2:
         raise ValueError("a router needs at least two tasks to choose between: name more with --tasks")
+
+
+def _converged(judged: Judged) -> Judged:
+    if judged.diverged:
+        raise ValueError(f"{diverged(judged.candidate)}: lower --learning_rate")
+    return judged
 
 
 def _labelled(examples: Examples) -> list[tuple[int, Example]]:

@@ -487,3 +487,13 @@ def test_what_is_refused_leaves_no_run_in_the_way_of_the_next(command, mixture, 
 def test_another_dtype_is_another_run(command, mixture, refusal):
     main(command(*ONE, "--dtype", "float32"))
     assert "made otherwise (its dtype differ)" in refusal(main, command(*ONE, "--dtype", "bfloat16"))
+
+
+def test_a_router_that_diverges_is_left_out_and_refused_where_it_is_the_only_one(command, mixture, refusal):
+    hopeless = ("--learning_rate", "1e30", "--layers", "1", "--poolings", "mean")
+    before = (mixture / "moa_config.json").read_bytes()
+    with pytest.warns(UserWarning, match=r"the linear router \(mean, layer 1\) diverged: it is left out"):
+        assert "diverged: lower --learning_rate" in refusal(main, command(*hopeless, "--heads", "linear"))
+    assert (mixture / "moa_config.json").read_bytes() == before
+    main(command(*hopeless, "--heads", "linear", "centroid", "--overwrite", "true"))
+    assert json.loads((mixture / "moa_config.json").read_text())["router"]["head"] == "centroid"
