@@ -67,6 +67,9 @@ class RouterConfig:
 
     def __post_init__(self) -> None:
         check_architecture(self.pooling, self.head, self.hidden_units)
+        given = [*([] if self.layer is None else [self.layer]), *self.depths]
+        if not all(isinstance(layer, int) for layer in given):
+            raise ValueError(f"layers that routers read are whole numbers, got {given}: fit the router again")
         if self.objective not in get_args(Objective):
             raise ValueError(
                 f"the router's objective {self.objective!r} does not exist: "

@@ -46,16 +46,22 @@ def tokens_held(input_ids: Int[Tensor, "batch tokens"], attention_mask: Tensor |
 
 
 def prompt_tokens(
-    held: Bool[Tensor, "batch tokens"], prompt_mask: Bool[Tensor, "batch tokens"] | None = None
+    held: Bool[Tensor, "batch tokens"], prompt_mask: Tensor | None = None
 ) -> Bool[Tensor, "batch tokens"]:
     """Which tokens a router reads: those that are no padding, and of them the prompt's where a mask says which.
 
     Asked for before a pass, not after it: looking at a mask on a GPU waits for all that runs there.
 
     Raises:
-        ValueError: a sequence without a single prompt token, of which nothing could be pooled.
+        ValueError: a sequence without a single prompt token, of which nothing could be pooled; a mask, or labels, of
+            another shape than the tokens.
     """
-    mask = held if prompt_mask is None else held & prompt_mask.to(held.device)
+    if prompt_mask is not None and prompt_mask.shape != held.shape:
+        raise ValueError(
+            f"a prompt mask, or labels, of shape {list(prompt_mask.shape)} does not say which of the tokens "
+            f"{list(held.shape)} are the prompt: give one entry for each token"
+        )
+    mask = held if prompt_mask is None else held & prompt_mask.to(held.device).bool()
     empty = (~mask.any(dim=1)).nonzero().flatten().tolist()
     if empty:
         raise ValueError(f"sequence {empty[0]} of the batch has no prompt token to route on: give it a prompt")
@@ -67,7 +73,7 @@ def prompt_features(
     pools: Mapping[int, Callable[[Tensor, Tensor], Tensor]],
     input_ids: Int[Tensor, "batch tokens"],
     attention_mask: Int[Tensor, "batch tokens"],
-    prompt_mask: Bool[Tensor, "batch tokens"] | None = None,
+    prompt_mask: Tensor | None = None,
 ) -> dict[int, Float[Tensor, "batch hidden"]]:
     """Hidden states entering some layers, pooled over the prompt's tokens; costs `layer / depth` of a prefill.
 

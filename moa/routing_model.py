@@ -196,6 +196,8 @@ class RoutingModel(PeftModelForCausalLM):
                 "this mixture has no router: fit one with training/train_moa.py, or choose the experts yourself "
                 "with model.pinned([...]) or model.using(name)"
             )
+        if granularity is not None:
+            check_granularity(granularity)
         if granularity == "layer":
             check_depths(self.moa_router)
         routers = routers_of(self, granularity)

@@ -61,6 +61,12 @@ class Abstention:
                 f"strangeness by both scores needs what is typical of {' and '.join(SINGLE)}, got "
                 f"{', '.join(self.typical) or 'nothing'}: fit the router again"
             )
+        for name, numbers in self.typical.items():
+            if len(numbers) not in (2, 4) or not all(map(math.isfinite, numbers)) or min(numbers[1::2]) <= 0:
+                raise ValueError(
+                    f"what is typical of {name} is a median and a reach above it, of one form of prompts or of two: "
+                    f"got {numbers}, fit the router again"
+                )
 
 
 def check_score(score: str) -> None:

@@ -79,6 +79,31 @@ def test_a_sequence_without_prompt_tokens_is_refused(held, prompt):
         prompt_tokens(held, prompt)
 
 
+@pytest.mark.parametrize("shape", [(6,), (2, 5), (1, 6)])
+def test_a_prompt_mask_or_labels_of_another_shape_are_refused(model, shape):
+    model.set_router(some_router())
+    ids = torch.tensor([[3, 7, 9, 11, 24, 5], [5, 10, 12, 16, 23, 3]])
+    with pytest.raises(ValueError, match=r"prompt mask, or labels, of shape .* give one entry for each token"):
+        model.route(ids, prompt_mask=torch.ones(shape, dtype=torch.bool))
+    with pytest.raises(ValueError, match=r"prompt mask, or labels, of shape .* give one entry for each token"):
+        model(input_ids=ids, labels=torch.full(shape, -100))
+
+
+def test_a_prompt_mask_may_hold_numbers(model):
+    model.set_router(some_router())
+    ids = torch.tensor([[3, 7, 9, 11, 24, 5]])
+    mask = torch.tensor([[1, 1, 1, 1, 0, 0]])
+    expected = model.route(ids[:, :4]).weights
+    for dtype in (torch.bool, torch.long, torch.float32):
+        torch.testing.assert_close(model.route(ids, prompt_mask=mask.to(dtype), abstain=False).weights, expected)
+
+
+def test_a_granularity_that_does_not_exist_is_refused(model):
+    model.set_router(some_router())
+    with pytest.raises(ValueError, match="granularity 'word' does not exist"):
+        model.route(torch.tensor([[3, 7, 9]]), granularity="word")
+
+
 def test_centroids_choose_as_sklearn_does():
     torch.manual_seed(0)
     labels = torch.tensor([0] * 70 + [1] * 14 + [2] * 6)  # a rare task's mean is far from that of all
@@ -135,6 +160,12 @@ def test_a_folder_from_before_routers_could_differ_still_loads(model, tmp_path):
     loaded = MoaModel.from_pretrained(None, tmp_path / "moa")
     assert loaded.moa_config.router.layer == 2 and loaded.moa_config.router.pooling == "mean"
     torch.testing.assert_close(loaded.moa_router.head.weight, router.head.weight)
+
+
+def test_a_config_whose_layers_are_no_numbers_is_refused():
+    for given in ({"layer": "3"}, {"depths": [1, None]}):
+        with pytest.raises(ValueError, match="layers that routers read are whole numbers"):
+            RouterConfig(**given)
 
 
 def test_a_router_that_its_config_does_not_describe_is_refused(model, tmp_path):

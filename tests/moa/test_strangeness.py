@@ -98,6 +98,14 @@ def test_impossible_thresholds_are_refused(values, said):
         Abstention(*values)
 
 
+@pytest.mark.parametrize(
+    "numbers", [[1.0], [1.0, 0.0], [1.0, -1.0], [float("nan"), 1.0], [1.0, float("inf")], [1.0, 1.0, 1.0], []]
+)
+def test_what_nothing_can_be_compared_with_is_not_typical(numbers):
+    with pytest.raises(ValueError, match="what is typical of energy is a median and a reach above it"):
+        Abstention("both", 0.1, 1.0, 2.0, {"mahalanobis": [1.0, 2.0], "energy": numbers})
+
+
 def test_strange_sequences_leave_the_experts():
     routing, strange = Routing(torch.eye(3), torch.eye(3)), torch.tensor([1.0, 2.5, 9.0])
     found = fall_back(routing, strange, 2.0, 5.0, merged=True)
@@ -244,6 +252,8 @@ def test_a_distance_without_a_detector_is_refused(model):
         ({"colour": "red"}, "unknown key 'colour'"),
         ({"score": "entropy"}, "choose one of both, mahalanobis, energy"),
         ({"score": None, "rate": None}, "does not exist"),
+        ({"score": "both", "typical": {"mahalanobis": [1.0, 2.0], "energy": "x"}}, "typical of energy"),
+        ({"score": "both", "typical": {"mahalanobis": [1.0, 2.0], "energy": 1.0}}, "abstention cannot be read"),
     ],
 )
 def test_a_saved_file_with_bad_thresholds_is_refused(model, tmp_path, change, said):
