@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +42,7 @@ class BaseWeights:
         read: name to tensor.
         tied: whether the head may be missing because it is the input embedding.
         conv1d: whether a layer stores its weight as [in, out], where its shape does not tell.
+        renamed: gives names in the model to those in the file, where transformers changes them as it loads.
     """
 
     name: str
@@ -48,6 +50,7 @@ class BaseWeights:
     read: Callable[[str], Tensor]
     conv1d: Callable[[str], bool]
     tied: bool = False
+    renamed: Callable[[], Mapping[str, str]] = dict
 
     def tensor(self, parameter: str) -> Tensor:
         """A parameter by its name in the model, on the CPU, in the dtype it is stored in.
@@ -94,7 +97,10 @@ class BaseWeights:
                 return name
         embeddings = [key for key in self.keys if INPUT_EMBEDDING.fullmatch(key)]
         is_tied = self.tied and parameter.endswith("lm_head.weight") and len(embeddings) == 1
-        return embeddings[0] if is_tied else None
+        if is_tied:
+            return embeddings[0]
+        renamed = self.renamed()
+        return renamed.get(parameter) or renamed.get(parameter.partition(".")[2])
 
 
 def open_base(base: str | Path | nn.Module | BaseWeights) -> BaseWeights:
@@ -183,7 +189,30 @@ def _of_folder(folder: Path, name: str) -> BaseWeights:
         read=lambda key: where[key].get_tensor(key),
         conv1d=lambda module: transposed,
         tied=config.get("tie_word_embeddings", True),
+        renamed=cache(partial(_renamed, folder, frozenset(where))),
     )
+
+
+def _renamed(folder: Path, keys: frozenset[str]) -> dict[str, str]:
+    """Name of a parameter in transformers' model to the tensor that is stored under another name, as by ViT.
+
+    Tensors that loading also changes, such as experts that it stacks, are not among them.
+    """
+    import transformers
+    from transformers.conversion_mapping import WeightRenaming, get_model_conversion_mapping
+    from transformers.core_model_loading import rename_source_key
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        with torch.device("meta"):  # sizes alone, no weights
+            model = getattr(transformers, config.architectures[0])(config)
+    except (ImportError, OSError, ValueError, TypeError, AttributeError):
+        return {}  # no model of transformers' own, so nothing is renamed
+    changes = get_model_conversion_mapping(model)
+    renamings = [change for change in changes if isinstance(change, WeightRenaming)]
+    others = [change for change in changes if not isinstance(change, WeightRenaming)]
+    found = {key: rename_source_key(key, renamings, others) for key in keys}
+    return {name: key for key, (name, converted) in found.items() if converted is None and name != key}
 
 
 def _files(folder: Path) -> list[Path]:

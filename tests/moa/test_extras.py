@@ -10,7 +10,15 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
 from moa.adapters import EMBEDDING, AdapterError, Extras, Kind, Tokens, add_to_model, from_model, read_adapter
 from moa.adapters import write_adapter as write
@@ -302,6 +310,17 @@ def test_layers_that_are_stored_transposed_are_turned(tmp_path):
         assert torch.equal(weights.weight(square, (16, 16)), base.get_submodule(square).weight.T)
         assert torch.equal(weights.weight(wide, (48, 16)), base.get_submodule(wide).weight.T)
         assert torch.equal(weights.weight("lm_head", (32, 16)), base.lm_head.weight)  # tied: the file has none
+
+
+def test_tensors_that_transformers_stores_under_other_names_are_found(tmp_path):
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    ViTForImageClassification(ViTConfig(image_size=8, patch_size=4, **sizes)).save_pretrained(tmp_path)
+    assert "vit.layers.0.attention.q_proj.weight" not in load_file(tmp_path / "model.safetensors")
+    weights = open_base(tmp_path)
+    for name, value in ViTForImageClassification.from_pretrained(tmp_path).state_dict().items():
+        assert torch.equal(weights.tensor(name), value)
+    with pytest.raises(AdapterError, match="has no 'vit.layers.2.attention.q_proj.weight'"):
+        weights.tensor("vit.layers.2.attention.q_proj.weight")
 
 
 def test_what_is_no_base_model_is_refused_with_the_way_out(base, folder, tmp_path):
