@@ -131,7 +131,8 @@ def _planned(recipe: Mapping[str, Any], beside: Path, instead: Mapping[str, Any]
     members = recipe.pop("adapters", None)
     if not isinstance(members, list | tuple) or not members:
         raise ValueError("a recipe names its adapters in a list `adapters:`, and this one has none")
-    called = str(recipe.pop("method", "svd"))
+    called = recipe.pop("method", None)
+    called = "svd" if called is None else str(called)
     method = find_method(called)
     settings, options = _settings(recipe), _options(recipe, method)
     asked = asked_of(method, settings, options)

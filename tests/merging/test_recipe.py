@@ -328,7 +328,9 @@ def test_what_is_wrong_outside_is_refused_before_an_inner_merge_is_written(
 
 
 def test_settings_without_a_value_are_the_defaults(folders, tmp_path):
-    empty = dict.fromkeys(("rank", "scale", "seed", "weights", "dtype", "check_base", "restore_norm", "name"))
+    empty = dict.fromkeys(
+        ("method", "rank", "scale", "seed", "weights", "dtype", "check_base", "restore_norm", "name")
+    )
     result = merge_recipe({**empty, "adapters": ["a", "b"]}, beside=tmp_path)
     assert result.report == merge(folders[:2]).report
 
