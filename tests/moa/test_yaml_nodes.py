@@ -21,6 +21,8 @@ LONG = f"a: &a {'ha' * 1000}\nb: [{', '.join(['*a'] * 1000)}]\n"
         (LONG, "aliases (*name) stand for more than 1,000,000 characters"),
         ("a: &a [1, *a]\n", "an alias (*name) of what it is itself part of"),
         ("a: " + "[" * 5000 + "]" * 5000, "nested too deeply"),
+        ("a: " + "[" * 101 + "]" * 101, "nested too deeply"),
+        ("a: " + "{? " * 300 + "x" + "}" * 300, "nested too deeply"),
     ],
 )
 def test_a_text_that_blows_up_is_refused_by_everything_that_reads_one(read, text, said, tmp_path):
