@@ -124,7 +124,8 @@ class MergeReport:
     @property
     def emptied(self) -> list[str]:
         """Layers that adapters change and the result does not, but for rounding: the updates cancel, or are cut."""
-        return [module for module, layer in self.layers.items() if layer.energy <= CANCELLED**2 * layer.inputs]
+        kept = {module: layer.energy * (1 - layer.dropped) for module, layer in self.layers.items()}
+        return [module for module, layer in self.layers.items() if kept[module] <= CANCELLED**2 * layer.inputs]
 
     def _facts(self) -> dict[str, list[float]]:
         values: dict[str, list[float]] = {}

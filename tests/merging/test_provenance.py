@@ -31,6 +31,8 @@ def test_an_adapter_whose_alpha_changed_is_not_the_adapter_that_was_merged(folde
 def test_updates_that_cancel_are_told(adapters):
     assert merge([adapters[0], adapters[0]], weights=[1, -1]).report.emptied == sorted(adapters[0].modules)
     assert merge(adapters[:2], weights=[1, -1]).report.emptied == []
+    trimmed = merge(adapters[:2], "ctm", rank=2, density=0.2)  # floor(0.2 * 4) entries of each core
+    assert trimmed.report.emptied == sorted(trimmed.modules)
 
 
 def test_an_output_without_a_name_is_refused(folders):
