@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -12,12 +13,22 @@ from moa.calibration import measure
 from moa.routing import BASE, MERGED, Routing
 
 
-def columns(routings: Sequence[Routing]) -> dict[str, list[Any]]:
-    """For each prompt, the likeliest expert, its probability, and what ran: 0 experts, 1 merged adapter, 2 base."""
-    return {
+def columns(routings: Sequence[Routing], batches: Iterable[Sequence[int]]) -> dict[str, list[Any]]:
+    """For each example, the likeliest expert, its probability, and what ran: 0 experts, 1 merged adapter, 2 base.
+
+    Args:
+        routings: of each batch of prompts.
+        batches: the places of their examples.
+    """
+    found = {
         "routed": [expert for routing in routings for expert in routing.experts],
         "confidence": [sure for one in routings for sure in one.logits.softmax(dim=-1).amax(dim=-1).tolist()],
         "fallback": [ran for one in routings if one.fallback is not None for ran in one.fallback.tolist()],
+    }
+    places = list(itertools.chain.from_iterable(batches))
+    return {
+        name: [value for _, value in sorted(zip(places, values, strict=True))] if values else []
+        for name, values in found.items()
     }
 
 

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from moa.evaluation.cells import score_cell
 from moa.evaluation.kept import Kept
 from moa.evaluation.routed import columns
-from moa.evaluation.scoring import answer_examples
+from moa.evaluation.scoring import answer_examples, batches_by_length
 from moa.evaluation.systems import System
 from moa.model import MoaModel
 from moa.tasks import Example, Task
@@ -91,7 +91,7 @@ def _cell(
             "system": system.name,
             "task": task.name,
             **score_cell(task, examples, answered),
-            **columns(system.routings),
+            **columns(system.routings, batches_by_length(examples, batch_size)),
             "answers": [answer.generated for answer in answered],
             "nll_per_example": [answer.nll / answer.answer_tokens for answer in answered],
             "seconds": time.perf_counter() - started,

@@ -58,7 +58,7 @@ def answer_examples(
         max_new_tokens: length of a generated answer; None scores likelihoods only.
     """
     answered: dict[int, Answered] = {}
-    for chosen in _batches_by_length(examples, batch_size):
+    for chosen in batches_by_length(examples, batch_size):
         batch = [examples[index] for index in chosen]
         prompts = tokenizer(
             [example.prompt for example in batch], return_tensors="pt", padding=True, padding_side="left"
@@ -69,7 +69,8 @@ def answer_examples(
     return [answered[index] for index in range(len(examples))]
 
 
-def _batches_by_length(examples: Sequence[Example], batch_size: int) -> Iterator[list[int]]:
+def batches_by_length(examples: Sequence[Example], batch_size: int) -> Iterator[list[int]]:
+    """The places of the examples, in batches of prompts of like lengths."""
     order = sorted(range(len(examples)), key=lambda index: len(examples[index].prompt))
     for start in range(0, len(order), batch_size):
         yield order[start : start + batch_size]

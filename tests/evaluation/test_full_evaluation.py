@@ -11,6 +11,7 @@ from moa.evaluation.full_evaluation import main
 from moa.model import MoaModel
 from moa.router import SequenceRouter
 from moa.strangeness import Abstention
+from moa.tasks import load_task
 
 TASKS = ("sst2", "squad", "wmt14")
 
@@ -215,6 +216,20 @@ def test_tasks_that_are_no_experts_are_scored_without_a_share_of_an_own_lora(com
     printed = " ".join(capsys.readouterr().out.split())
     assert "mnli is left out: its own LoRA was not scored." in printed
     assert "No verdict" in (tmp_path / "evaluation" / "report.html").read_text()
+
+
+@torch.no_grad()
+def test_what_the_router_did_stands_beside_the_example_that_it_did_it_with(command, tmp_path, mixture, tokenizer):
+    main(command("--tasks", "squad", "--methods", "none", "--batch_size", "2"))
+    [cell] = [cell for cell in results(tmp_path)["cells"] if cell["system"] == "moa"]
+    model, sure = MoaModel.from_pretrained(None, mixture), []
+    prompts = [one.prompt for one in load_task("squad").examples("test", source="pocket", limit=6, seed=0)]
+    for prompt in prompts:
+        routing = model.route(**tokenizer([prompt], return_tensors="pt"))
+        sure.append(routing.logits.softmax(dim=-1).max().item())
+    lengths = [len(prompt) for prompt in prompts]
+    assert lengths != sorted(lengths) and len({round(one, 4) for one in sure}) > 1, "any order would do"
+    assert cell["confidence"] == pytest.approx(sure, rel=1e-3)
 
 
 def test_prompts_of_a_task_without_an_expert_fall_back_and_are_counted(command, tmp_path, mixture, capsys):
