@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moa.evaluation.full_evaluation import main
 from moa.model import MoaModel
@@ -219,10 +219,13 @@ def test_tasks_that_are_no_experts_are_scored_without_a_share_of_an_own_lora(com
 
 
 @torch.no_grad()
-def test_what_the_router_did_stands_beside_the_example_that_it_did_it_with(command, tmp_path, mixture, tokenizer):
+def test_what_the_router_did_stands_beside_its_example(command, tmp_path, mixture, base_folder):
+    model = MoaModel.from_pretrained(None, mixture)
+    model.moa_router.temperature.fill_(50.0)  # so that it is not sure of every prompt
+    model.save_pretrained(mixture)
     main(command("--tasks", "squad", "--methods", "none", "--batch_size", "2"))
     [cell] = [cell for cell in results(tmp_path)["cells"] if cell["system"] == "moa"]
-    model, sure = MoaModel.from_pretrained(None, mixture), []
+    sure, tokenizer = [], AutoTokenizer.from_pretrained(base_folder)
     prompts = [one.prompt for one in load_task("squad").examples("test", source="pocket", limit=6, seed=0)]
     for prompt in prompts:
         routing = model.route(**tokenizer([prompt], return_tensors="pt"))

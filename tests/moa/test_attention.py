@@ -48,11 +48,13 @@ def test_auto_takes_the_best_that_machine_and_packages_allow(found, plain, packe
     assert resolve(device="cuda", dtype=torch.float32, packing=True, machine=found) == "sdpa"
 
 
-def test_this_machine_is_looked_at_by_the_device(monkeypatch):
+@pytest.mark.parametrize("built_with_flash", [False, True])
+def test_this_machine_is_looked_at_by_the_device(monkeypatch, built_with_flash):
     assert Machine.here("cpu") == Machine()
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    assert Machine.here("cuda") == Machine((9, 0))
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: built_with_flash)
+    assert Machine.here("cuda") == Machine((9, 0), torch_flash=built_with_flash)
     monkeypatch.setattr(torch.version, "cuda", None)  # ROCm calls its devices cuda too
     assert Machine.here("cuda") == Machine()
 
