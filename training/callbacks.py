@@ -148,9 +148,10 @@ class MergeCallback(TrainerCallback):
             self._merge(args, state, kwargs["model"])
 
     def _merge(self, args: TrainingArguments, state: TrainerState, model: MoaModel) -> None:
-        scratch = Path(args.output_dir) / f".best_merge-{state.global_step}"
-        shutil.rmtree(scratch, ignore_errors=True)  # what a killed run has left
-        written = {"output": scratch} if args.should_save else {}
+        scratch, written = Path(args.output_dir) / f".best_merge-{state.global_step}", {}
+        if args.should_save:  # only there: a slower process would remove what this one has written by then
+            shutil.rmtree(scratch, ignore_errors=True)  # what a killed run has left
+            written = {"output": scratch}
         with undisturbed(model), torch.no_grad():
             model.merge_adapters(self.method, into=CANDIDATE, **written, **self.options)
             model.eval()

@@ -235,6 +235,18 @@ def test_another_model_than_a_mixture_is_refused(callback, base_model, tmp_path)
         trainer.train()
 
 
+def test_a_process_that_saves_nothing_leaves_alone_what_the_first_is_writing(make_model, make_trainer, monkeypatch):
+    model = make_model()
+    trainer = make_trainer(model, callbacks=[])
+    written = Path(trainer.args.output_dir) / f".best_merge-{trainer.state.global_step}" / "adapter_model.safetensors"
+    written.parent.mkdir(parents=True)
+    written.write_bytes(b"by the first process")
+    monkeypatch.setattr(TrainingArguments, "should_save", False)
+    callback = MergeCallback("average", lambda model: 1.0, when="save")
+    callback.on_save(trainer.args, trainer.state, trainer.control, model=model)
+    assert written.read_bytes() == b"by the first process"
+
+
 def test_two_processes_count_all_rows_and_the_first_alone_writes_and_pushes(make_model, tmp_path, hub):
     model = make_model()
     model.save_pretrained(tmp_path / "mixture")
