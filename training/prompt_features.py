@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moa.base_model import cache_dir
 from moa.fingerprint import fingerprint
-from moa.prefix import prompt_states, prompt_tokens
+from moa.prefix import prompt_states
 from moa.router import POOLINGS
 from moa.router_checks import check_prompts_have_tokens
 
@@ -109,8 +109,8 @@ class PromptFeatures:
         for chosen in track(batches, description=title, transient=True):
             texts = [self.prompts[index] for index in chosen]
             batch = self.tokenizer(texts, return_tensors="pt", padding=True).to(self.base_model.device)
-            held = prompt_tokens(batch["attention_mask"].bool())
-            yield prompt_states(self.base_model, layers, batch["input_ids"], batch["attention_mask"]), held
+            mask = batch["attention_mask"]
+            yield prompt_states(self.base_model, layers, batch["input_ids"], mask), mask.bool()
 
 
 def _write(file: Path, tensors: Mapping[str, Tensor]) -> None:
