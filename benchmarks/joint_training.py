@@ -3,6 +3,7 @@
     python benchmarks/joint_training.py
     python benchmarks/joint_training.py --tasks 3 --batch 4 --tokens 96 --steps 2 --rounds 1
     python benchmarks/joint_training.py --shape qwen2-1.5b --tasks 7 --batch 32 --tokens 512 --rounds 5 --json
+    python benchmarks/joint_training.py --tokens 256 --padding_free
 
 The model has the shapes of a real one and random weights, which cost the same time as trained ones. The last 16 tokens
 of a row are its answer; tasks have rows of a quarter of --tokens to all of them, give or take --spread of that.
@@ -51,6 +52,9 @@ def parser() -> argparse.ArgumentParser:
         type=int,
         default=0,
         help="tokens, such as 64 on a GPU, where kernels prepare themselves for each new length (default 0: none)",
+    )
+    found.add_argument(
+        "--padding_free", action="store_true", help="rows one behind another in all ways, with the attention for it"
     )
     found.add_argument("--rank", type=int, default=8, help="rank of the adapters (default 8)")
     found.add_argument("--all_linear", action="store_true", help="adapt every linear layer, not attention alone")
@@ -112,14 +116,12 @@ def report(arguments: argparse.Namespace, found: dict[str, list[dict[str, Any]]]
     run = found["alone"][0]
     if arguments.json:
         asked = {name: value for name, value in vars(arguments).items() if name not in ("way", "folder", "json")}
-        print(json.dumps({"settings": {**asked, "layers": run["layers"]}, "device": run["device"], "ways": table}))
+        found_out = {name: run[name] for name in ("device", "torch", "attention")}
+        print(json.dumps({"settings": {**asked, "layers": run["layers"]}, **found_out, "ways": table}))
         return
-    print(
-        f"{run['device']}, torch {run['torch']}; {arguments.shape}, {run['layers']} layers, {arguments.tasks} tasks,"
-    )
-    print(
-        f"rank {arguments.rank}, {arguments.batch} rows a task and step, the longest about {arguments.tokens} tokens"
-    )
+    print(f"{run['device']}, torch {run['torch']}, attention {run['attention']}; {arguments.shape},")
+    print(f"{run['layers']} layers, {arguments.tasks} tasks, rank {arguments.rank}, {arguments.batch} rows a task and")
+    print(f"step, the longest about {arguments.tokens} tokens{', without padding' * arguments.padding_free}")
     print(f"{'':12} tokens/s   times alone   peak MB   moved")
     for way, row in table.items():
         speed = f"{row['tokens_per_second']:8.0f} {row['ratio']:13.2f}"

@@ -23,6 +23,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Train in one way, and leave the adapters in the folder."""
     import torch
 
+    from moa.attention import attention_of
+
     model, rows = base_model(arguments), task_rows(arguments)
     cuda = torch.cuda.is_available()
     before = torch.cuda.memory_allocated() if cuda else resident()
@@ -37,6 +39,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "layers": model.config.num_hidden_layers,
         "device": torch.cuda.get_device_name() if cuda else f"{platform.machine()}, {torch.get_num_threads()} threads",
         "torch": torch.__version__,
+        "attention": attention_of(model),
     }
 
 
@@ -82,6 +85,8 @@ def base_model(arguments: argparse.Namespace) -> Any:
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
+    from moa.attention import set_attention
+
     cuda = torch.cuda.is_available()
     shape = dict(SHAPES[arguments.shape])
     shape["num_hidden_layers"] = arguments.layers or (
@@ -90,7 +95,10 @@ def base_model(arguments: argparse.Namespace) -> Any:
     torch.manual_seed(SEED)
     config = Qwen2Config(vocab_size=151_936, num_key_value_heads=2, tie_word_embeddings=True, **shape)
     with torch.device("cuda" if cuda else "cpu"):
-        return Qwen2ForCausalLM(config).to(torch.bfloat16 if cuda else torch.float32).eval()
+        model = Qwen2ForCausalLM(config).to(torch.bfloat16 if cuda else torch.float32).eval()
+    if arguments.padding_free:
+        set_attention(model, packing=True)
+    return model
 
 
 def task_rows(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -118,6 +126,7 @@ def settings(arguments: argparse.Namespace) -> Any:
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
+        padding_free=arguments.padding_free,
         pad_to_multiple_of=arguments.pad_to_multiple_of or None,
         seed=SEED,
     )

@@ -8,12 +8,17 @@ keeps what the other has finished.
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+from accelerate.utils import find_executable_batch_size
+from transformers import TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
 
 from moa.assembly import check_adapter_name
 from moa.attention import attention_of
@@ -32,7 +37,6 @@ FOLDER = ".joint"
 
 ONLY = {
     "packing": False,
-    "padding_free": False,
     "loss_type": "nll",
     "label_smoothing_factor": 0.0,
     "neftune_noise_alpha": None,
@@ -63,8 +67,8 @@ def train_jointly(
         model_name: the base model.
         rows: `source`, `data_dir`, `limit` of the training rows.
         computing: `dtype` and `attn_implementation` of `load_base_model`.
-        batch_size: rows of all tasks in one forward, default `per_device_train_batch_size`; only speed and memory
-            depend on it.
+        batch_size: rows of all tasks in one forward; only speed and memory depend on it. Default
+            `per_device_train_batch_size`; on one GPU a whole step's, or half as many until they fit into its memory.
 
     Raises:
         ValueError: a setting that a joint run does not take, a name that PEFT cannot hold, a folder with another
@@ -84,28 +88,49 @@ def _train(
     batch_size: int | None,
     computing: Mapping[str, str],
 ) -> None:
-    together = _open_together([run for _, run, _ in left], left[0][0])
-    model, tokenizer = load_base_model(model_name, **computing), load_tokenizer(model_name)
-    print(f"attention: {attention_of(model)}, {dtype_of(model)}", flush=True)
-    for one, _, _ in left:
-        check_adapter_name(model, one.task.name)
     training = left[0][0].training
-    trainer = JointTrainer(
-        add_adapters(model, {one.task.name: one.config_for(model) for one, _, _ in left}, training.seed),
-        replace(training, output_dir=str(together.directory)),
-        datasets={one.task.name: completion_dataset(examples) for one, _, examples in left},
-        learning_rates={one.task.name: one.training.learning_rate for one, _, _ in left},
-        batch_size=batch_size,
-        processing_class=tokenizer,
-    )
-    trainer.train(resume_from_checkpoint=together.checkpoint)
+    together = _open_together([run for _, run, _ in left], left[0][0])
+    tokenizer = load_tokenizer(model_name)
+
+    def train(batch_size: int) -> JointTrainer:
+        model = load_base_model(model_name, packing=training.padding_free, **computing)
+        how = f"attention: {attention_of(model)}, {dtype_of(model)}; at most {batch_size} rows in one forward"
+        print(how, flush=True)
+        for one, _, _ in left:
+            check_adapter_name(model, one.task.name)
+        trainer = JointTrainer(
+            add_adapters(model, {one.task.name: one.config_for(model) for one, _, _ in left}, training.seed),
+            replace(training, output_dir=str(together.directory)),
+            datasets={one.task.name: completion_dataset(examples) for one, _, examples in left},
+            learning_rates={one.task.name: one.training.learning_rate for one, _, _ in left},
+            batch_size=batch_size,
+            processing_class=tokenizer,
+        )
+        trainer.train(resume_from_checkpoint=get_last_checkpoint(together.directory))
+        return trainer
+
+    trainer = train(batch_size) if batch_size else in_few_forwards(train, training, len(left))
     losses = trainer.train_losses()
     if trainer.is_world_process_zero():
+        base = trainer.model.get_base_model()
         for one, run, _ in left:
             save_adapter(trainer.model, one.task.name, run.directory, tokenizer)
-            how = {"attention": attention_of(model), "dtype": dtype_of(model), "joint": list(losses)}
+            how = {"attention": attention_of(base), "dtype": dtype_of(base), "joint": list(losses)}
             run.finish(train_loss=losses[one.task.name], **how)
         _clear(together.directory)
+
+
+def in_few_forwards(train: Callable[[int], JointTrainer], training: TrainingArguments, tasks: int) -> JointTrainer:
+    """On a GPU a whole step in one forward, and half as many rows as long as its memory does not hold them.
+
+    On a CPU nothing is gained by more rows, and processes that run short of memory one by one would not meet again.
+    """
+    rows = training.per_device_train_batch_size
+    if training.device.type == "cpu" or training.world_size > 1:
+        return train(rows)
+    whole = tasks * rows * training.gradient_accumulation_steps
+    fewer = (whole >> halvings for halvings in itertools.count(1))
+    return find_executable_batch_size(train, starting_batch_size=whole, reduce_batch_size_fn=fewer.__next__)()
 
 
 def _open_together(runs: Sequence[Run], one: Wanted) -> Run:
@@ -137,11 +162,6 @@ def _check(wanted: Sequence[Wanted], batch_size: int | None) -> None:
     for one in wanted:
         if one.task.name == FALLBACK:
             raise ValueError(f"an adapter of a joint run cannot be called {FALLBACK!r}: rename the task")
-        if one.lora_config.lora_dropout:
-            raise ValueError(
-                f"--joint takes no --lora_dropout, got {one.lora_config.lora_dropout}: all adapters read one input; "
-                "leave out one of the two"
-            )
         schedule(one.training, one.training.learning_rate, steps=1)
     for name, value in ONLY.items():
         given = getattr(wanted[0].training, name)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,6 +20,7 @@ from transformers import TrainingArguments
 
 if TYPE_CHECKING:
     import datasets
+    from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 Steps = list[list[list[int]]]
 """Rows of one task: optimizer step -> process -> rows."""
@@ -122,21 +123,33 @@ class JointBatches(Dataset):
 
 
 class JointCollator:
-    """Pads the rows of an item as TRL does, and adds `experts` and `weights`, a value for each row.
+    """Joins the rows of an item as TRL does, padded or one behind another, and says whose they are.
+
+    Adds `experts` and `weights`, a value for each row, and `rows`, the row of each token; what fills up a row without
+    padding counts to the last.
 
     Args:
-        pad: TRL's collator.
+        join: TRL's collator.
     """
 
-    def __init__(self, pad: Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]]):
-        self.pad = pad
+    def __init__(self, join: DataCollatorForLanguageModeling):
+        self.join = join
 
     def __call__(self, items: list[list[dict[str, Any]]]) -> dict[str, torch.Tensor]:
         [rows] = items
         nothing = torch.empty(0, 1, dtype=torch.long)
-        padded = self.pad(rows) if rows else dict.fromkeys(("input_ids", "attention_mask", "labels"), nothing)
+        joined = self.join(rows) if rows else dict.fromkeys(("input_ids", "attention_mask", "labels"), nothing)
         return {
-            **padded,
+            **joined,
             "experts": torch.tensor([row["expert"] for row in rows], dtype=torch.long),
             "weights": torch.tensor([row["weight"] for row in rows]),
+            "rows": self._row_of_tokens(rows, joined["input_ids"].shape[1]) if rows else nothing,
         }
+
+    def _row_of_tokens(self, rows: list[dict[str, Any]], tokens: int) -> torch.Tensor:
+        places = torch.arange(len(rows))
+        if not self.join.padding_free:
+            return places[:, None].expand(-1, tokens)
+        lengths = [len(row["input_ids"]) for row in rows]
+        lengths[-1] += tokens - sum(lengths)
+        return places.repeat_interleave(torch.tensor(lengths))[None]

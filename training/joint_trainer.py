@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 ONE_PASS = {
     "num_train_epochs": 1,
     "max_steps": -1,
-    "per_device_train_batch_size": 1,
     "train_sampling_strategy": "sequential",
 }
 """`JointBatches` holds the whole run in its order, one forward an item; the Trainer only walks through it."""
@@ -36,15 +35,15 @@ class JointTrainer(LoraTrainer):
 
     The loss is the sum over tasks of each task's own mean loss; gradients are clipped for each adapter by itself; each
     has its learning rate and its schedule over its own number of steps. An adapter whose steps are done takes no more,
-    no weight decay either. Logs tell `loss/TASK` beside the sum. What is drawn at random while training (the dropout
-    of a base model that has some) is drawn for the joint batch, and is not what a run of one task would draw.
+    no weight decay either. Logs tell `loss/TASK` beside the sum. What is drawn at random while training (dropout, of
+    the adapters or of the base model) is drawn for the joint batch, and is not what a run of one task would draw.
 
     Args:
         model: a PEFT model of plain LoRA adapters, one called after each task.
         args: settings of a run of one task; batch size and accumulation are of each task.
         datasets: the rows of each task, in TRL's formats.
         learning_rates: of each task.
-        batch_size: rows of all tasks in one forward, default `args.per_device_train_batch_size`.
+        batch_size: rows of all tasks in one forward.
         kwargs: `processing_class`, `callbacks` of `SFTTrainer`.
 
     Raises:
@@ -59,7 +58,7 @@ class JointTrainer(LoraTrainer):
         *,
         datasets: Mapping[str, Dataset],
         learning_rates: Mapping[str, float],
-        batch_size: int | None = None,
+        batch_size: int,
         **kwargs: Any,
     ):
         self.route = RouteState(tuple(datasets), model.peft_config)
@@ -75,8 +74,8 @@ class JointTrainer(LoraTrainer):
         experts = self.train_dataset["expert"]
         sizes = [experts.count(place) for place in range(len(datasets))]
         runs = [steps_alone(size, args, name) for name, size in zip(datasets, sizes, strict=True)]
-        batch_size = batch_size or args.per_device_train_batch_size
         self.args.gradient_accumulation_steps = forwards_a_step(runs, batch_size)
+        self.args.per_device_train_batch_size = self._train_batch_size = 1  # an item; TRL saw how many rows one holds
         self.train_dataset = JointBatches(self.train_dataset, sizes, runs, batch_size)
         self.data_collator = JointCollator(self.data_collator)
         self.learning_rates = dict(learning_rates)
@@ -94,14 +93,17 @@ class JointTrainer(LoraTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | None = None,
     ) -> Tensor:
-        experts, weights = inputs.pop("experts"), inputs.pop("weights")
+        experts, weights, rows = (inputs.pop(name) for name in ("experts", "weights", "rows"))
         if len(experts) == 0:
             return 0 * self.factors[self.route.experts[0]][0].sum()  # the Trainer calls backward on it
         # left set afterwards: gradient checkpointing recomputes the layers with it
         self.route.weights = F.one_hot(experts, len(self.steps)).float()
-        losses = answer_losses(model, inputs) * weights
-        share = inputs["labels"][:, 1:].ne(-100).sum(dim=1) * weights
-        self.seen.index_add_(1, experts, torch.stack([losses.detach(), share]))
+        self.route.token_rows = rows if self.args.padding_free else None
+        losses, positions = answer_losses(model, inputs)
+        rows = rows[:, positions + 1]
+        shares = inputs["labels"][:, positions + 1].ne(-100) * weights[rows]
+        losses = losses * weights[rows]
+        self.seen.index_add_(1, experts[rows].flatten(), torch.stack([losses.detach(), shares]).flatten(1))
         return losses.sum() * self.accelerator.num_processes  # weights count every process's tokens, and DDP averages
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -196,19 +198,22 @@ def schedule(training: TrainingArguments, learning_rate: float, steps: int) -> C
     return scheduler.lr_lambdas[0]
 
 
-def answer_losses(model: nn.Module, inputs: Mapping[str, Tensor]) -> Float[Tensor, " rows"]:
-    """-log p(answer) of each row, summed over its tokens, in nats.
+def answer_losses(
+    model: nn.Module, inputs: Mapping[str, Tensor]
+) -> tuple[Float[Tensor, "batch kept"], Int[Tensor, " kept"]]:
+    """-log p of the answers' tokens in nats, 0 for others, and the positions that predict them.
 
     Logits are computed where answers are: on a CPU at the positions where some row has one, as `LoraTrainer` does, on
     a GPU by TRL's kernel.
     """
     labels = inputs["labels"]
     if labels.device.type != "cpu":
-        return -model(**inputs, use_cache=False, fused_lm_head=True).log_probs.sum(dim=1)
+        losses = -model(**inputs, use_cache=False, fused_lm_head=True).log_probs
+        return losses, torch.arange(losses.shape[1], device=losses.device)
     positions = answer_positions(labels)
     rest = {name: value for name, value in inputs.items() if name != "labels"}
     logits = model(**rest, use_cache=False, logits_to_keep=positions).logits
-    return F.cross_entropy(logits.float().transpose(1, 2), labels[:, positions + 1], reduction="none").sum(dim=1)
+    return F.cross_entropy(logits.float().transpose(1, 2), labels[:, positions + 1], reduction="none"), positions
 
 
 def factors_of(model: nn.Module, adapter: str) -> list[nn.Parameter]:

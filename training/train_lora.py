@@ -45,8 +45,8 @@ class LoraArguments:
     joint_batch_size: int | None = field(
         default=None,
         metadata={
-            "help": "with --joint, rows of all tasks in one forward: more for speed on a GPU, fewer for memory; each "
-            "task's own batch stays per_device_train_batch_size, which is also the default of this"
+            "help": "with --joint, rows of all tasks in one forward: only speed and memory depend on it, each task's "
+            "own batch stays per_device_train_batch_size; default the same, or on one GPU as many as fit, up to a step"
         },
     )
     lora_r: list[str] = _one_or_each(8, "rank of the adapters, or TASK=RANK for some of them")

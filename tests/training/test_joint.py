@@ -4,13 +4,16 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
+import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, TrainingArguments
 
 from moa.training.data import for_each_task
+from moa.training.joint import in_few_forwards
 from moa.training.joint_batches import JointBatches, forwards_a_step, steps_alone
 from moa.training.joint_trainer import JointTrainer
 from moa.training.train_lora import main
@@ -83,7 +86,15 @@ def interrupted_at(step, monkeypatch):
     monkeypatch.setattr(JointTrainer, "training_step", training_step)
 
 
-@pytest.mark.parametrize("more", [(), ("--joint_batch_size", "64")])
+@pytest.mark.parametrize(
+    "more",
+    [
+        (),
+        ("--joint_batch_size", "64"),
+        ("--padding_free", "true"),
+        ("--padding_free", "true", "--joint_batch_size", "64", "--pad_to_multiple_of", "32"),
+    ],
+)
 def test_joint_adapters_are_those_trained_one_after_another(alone, words, tmp_path, base_folder, more):
     main(words(tmp_path, *HARD, "--joint", *more))
     for task in TASKS:
@@ -99,6 +110,36 @@ def test_joint_adapters_are_those_trained_one_after_another(alone, words, tmp_pa
     assert not (tmp_path / ".joint").exists()
     stock = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base_folder), tmp_path / "mrpc")
     assert (stock.peft_config["default"].r, stock.peft_config["default"].lora_alpha) == (4, 3)
+
+
+def test_dropout_of_the_adapters_is_drawn_in_a_joint_run_too(alone, words, tmp_path):
+    for name, chance in (("never", "0"), ("once", "0.5"), ("again", "0.5")):
+        main(words(tmp_path / name, "--max_steps", "3", "--joint", "--lora_dropout", chance, tasks=TASKS[:2]))
+    for task in TASKS[:2]:
+        assert distance(tmp_path / "never" / task, tmp_path / "once" / task) > 0.1
+        assert distance(tmp_path / "once" / task, tmp_path / "again" / task) == 0
+
+
+def test_a_gpu_takes_a_whole_step_at_once_or_half_as_many_rows_until_they_fit():
+    tried = []
+
+    def train(batch_size):
+        tried.append(batch_size)
+        if batch_size > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return batch_size
+
+    training = SimpleNamespace(
+        device=torch.device("cuda"), world_size=1, per_device_train_batch_size=5, gradient_accumulation_steps=2
+    )
+    assert in_few_forwards(train, training, tasks=2) == 2
+    assert tried == [20, 10, 5, 2]
+    training.world_size = 2
+    with pytest.raises(torch.OutOfMemoryError):
+        in_few_forwards(train, training, tasks=2)
+    training.device = torch.device("cpu")
+    training.per_device_train_batch_size = 3
+    assert in_few_forwards(train, training, tasks=2) == 3
 
 
 def test_a_killed_run_resumes_to_the_same_bytes(words, tmp_path, monkeypatch, refusal):
@@ -191,7 +232,6 @@ def test_values_of_each_task():
         (["--lora_r", "8", "16"], "--lora_r has two values for all"),
         (["--lora_alpha", "mrpc=much", "8"], "--lora_alpha takes a whole number, got 'mrpc=much'"),
         (["--learning_rate", "fast"], "--learning_rate takes a number, got 'fast'"),
-        (["--joint", "--lora_dropout", "0.1"], "--joint takes no --lora_dropout, got 0.1"),
         (["--joint", "--packing", "true"], "--joint takes no --packing"),
         (["--joint", "--lr_scheduler_type", "reduce_lr_on_plateau", "--eval_strategy", "steps"], "follows one loss"),
         (["--joint", "--joint_batch_size", "0"], "--joint_batch_size 0 is no number of rows"),
