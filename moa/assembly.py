@@ -55,9 +55,15 @@ def read_experts(base: PreTrainedModel, adapters: Mapping[str, str | Path], *, c
 
 
 def check_fresh(base: nn.Module) -> None:
-    """Refuse a base model that holds adapters: two mixtures would share, and spoil, each other's layers."""
+    """Refuse a base model that holds adapters, for two mixtures would share, and spoil, each other's layers; or one
+    with weights on the disk, where accelerate offloads them and PEFT cannot load an adapter."""
     if any(isinstance(module, BaseTunerLayer) for module in base.modules()):
         raise ValueError("this base model holds adapters already: load a fresh one for each mixture")
+    if away := [name for name, parameter in base.named_parameters() if parameter.is_meta]:
+        raise ValueError(
+            f"{len(away)} weights of this base model, such as {away[0]!r}, are not in memory (offloaded?): load it in "
+            "a smaller dtype or quantised, so that all of it fits"
+        )
 
 
 def check_adapter_name(base: nn.Module, name: str) -> None:

@@ -27,14 +27,19 @@ def depth(base_model: PreTrainedModel) -> int:
     return base_model.config.get_text_config().num_hidden_layers
 
 
-def tokens_held(input_ids: Int[Tensor, "batch tokens"], attention_mask: Tensor | None) -> Bool[Tensor, "batch tokens"]:
+def tokens_held(input_ids: Tensor, attention_mask: Tensor | None) -> Bool[Tensor, "batch tokens"]:
     """Which tokens are no padding; all of them where there is no mask.
 
     Raises:
-        ValueError: no prompts, or prompts of no tokens; a mask of another shape.
+        ValueError: no prompts, prompts of no tokens, or one that is no row of a batch; a mask of another shape.
     """
     if input_ids.numel() == 0:
         raise ValueError(f"there is no prompt to route on in input_ids of shape {list(input_ids.shape)}: give some")
+    if input_ids.dim() != 2:
+        raise ValueError(
+            f"prompts are rows of input_ids [batch, tokens], got the shape {list(input_ids.shape)}: ask the tokenizer "
+            "for a batch, tokenizer([prompt], return_tensors='pt')"
+        )
     if attention_mask is None:
         return torch.ones_like(input_ids, dtype=torch.bool)
     if attention_mask.shape != input_ids.shape:

@@ -63,6 +63,12 @@ def test_a_batch_without_prompts_or_tokens_is_refused(model, call, shape):
         getattr(model, call)(input_ids=torch.empty(shape, dtype=torch.long))
 
 
+@pytest.mark.parametrize("call", ["__call__", "route", "features", "generate"])
+def test_a_prompt_that_is_no_row_of_a_batch_is_refused(model, call):
+    with pytest.raises(ValueError, match=r"rows of input_ids \[batch, tokens\], got the shape \[6\]"):
+        getattr(model, call)(input_ids=PROMPT[0])
+
+
 def test_an_empty_prompt_is_refused_by_a_router_that_learns(model):
     model.train().moa_router.requires_grad_(True)
     with pytest.raises(ValueError, match=REFUSED):

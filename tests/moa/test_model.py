@@ -235,6 +235,14 @@ def test_a_base_that_holds_adapters_already_is_refused(base_model, adapters):
         MoaModel.from_adapters(base_model, adapters)
 
 
+def test_a_base_that_is_partly_on_the_disk_is_refused(base_folder, adapters, tmp_path):
+    inside = ("embed_tokens", "norm", "rotary_emb", *(f"layers.{layer}" for layer in (0, 2, 3)))
+    places = {"model.layers.1": "disk", "lm_head": "cpu", **{f"model.{name}": "cpu" for name in inside}}
+    base = AutoModelForCausalLM.from_pretrained(base_folder, device_map=places, offload_folder=tmp_path)
+    with pytest.raises(ValueError, match=r"such as 'model\.layers\.1\..*', are not in memory"):
+        MoaModel.from_adapters(base, adapters)
+
+
 def test_a_path_names_the_base_model_too(base_folder, adapters):
     assert MoaModel.from_adapters(Path(base_folder), adapters).experts == ("cats", "dogs", "films")
 
