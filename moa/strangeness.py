@@ -2,7 +2,8 @@
 
     mahalanobis:  min_i |W (z - m_i)|,  W' W = inverse of the covariance that all tasks share
     energy:       -T logsumexp_i(f_i / T)
-    both:         the larger of the two, each less its median on own held-out prompts, over how far above they reach
+    both:         the larger of the two, each less its median on own held-out prompts, over how far above they reach;
+                  above 1 it is beyond what all but half of the promised share of own prompts reach, in either score
 
 A router that knows prompts with and without their templates has two means of each expert, and `both` compares each
 prompt with what is typical of its own form, that of the nearest mean: bare prompts differ more among each other.

@@ -27,12 +27,14 @@ class Strangeness:
     Attributes:
         own: of each prompt.
         left_out: the same, had the mixture no expert for the prompt's task: what a new task would look like.
-        typical: what `both` compares the single scores by.
+        typical: what `both` compares the single scores by: up to 1 neither is beyond its reach.
+        least: share of own prompts that are beyond it at the most, where these are too few for a smaller promise.
     """
 
     own: Float[Tensor, " prompts"]
     left_out: Float[Tensor, " prompts"]
     typical: dict[str, list[float]] = field(default_factory=dict)
+    least: float = 0.0
 
     @property
     def auroc(self) -> float:
@@ -47,8 +49,8 @@ class Strangeness:
 
         Fewer than 1 / rate - 1 prompts cannot promise the rate; then it is the smallest that they can, 1 / (n + 1).
         """
-        rate = promised(rate, len(self.own))
-        merged = conformal_quantile(self.own, rate)
+        rate = max(promised(rate, len(self.own)), self.least)
+        merged = 1.0 if self.typical else conformal_quantile(self.own, rate)
         base = max(merged, conformal_quantile(self.left_out, rate))
         return Abstention(score, rate, merged, base, self.typical)
 
@@ -83,7 +85,7 @@ def with_doubt(
         "mahalanobis": Strangeness(by_form.amin(dim=(1, 2)), others.amin(dim=(1, 2))),
         "energy": _energies(logits, router.temperature, labels),
     }
-    found["both"] = _both(found, looks_plain(by_form), looks_plain(others), promised(choices.ood_rate, len(labels)))
+    found["both"] = _both(found, looks_plain(by_form), looks_plain(others), choices.ood_rate)
     limits = None if choices.ood == NO_SCORE else found[choices.ood].limits(choices.ood, choices.ood_rate)
     return replace(
         config,
@@ -114,26 +116,30 @@ def _both(
 ) -> Strangeness:
     """The larger of the single scores.
 
+    Each may let half of `rate` fall back, so that both together never let more. Where either form has too few prompts
+    for that, the two are taken together; the fewer there are, the more may fall back.
+
     Args:
         plain, left_plain: which prompts look as if they came without a template; and if their own expert is left out.
         rate: share of own prompts that may fall back.
     """
-    typical = {name: _typical(of.own, plain, rate) for name, of in single.items()}
+    together = torch.ones(len(single["energy"].own), dtype=torch.bool)
+    forms = [together] if plain is None else [~plain, plain]
+    if any(promised(rate / 2, int(form.sum())) > rate / 2 for form in forms):
+        forms = [together]
+    typical = {name: [x for form in forms for x in _typical(of.own[form], rate / 2)] for name, of in single.items()}
     own = larger({name: of.own for name, of in single.items()}, typical, plain)
     left_out = larger({name: of.left_out for name, of in single.items()}, typical, left_plain)
-    return Strangeness(own, left_out, typical)
+    return Strangeness(own, left_out, typical, least=2 * promised(rate / 2, len(together)))
 
 
-def _typical(scores: Float[Tensor, " prompts"], plain: Bool[Tensor, " prompts"] | None, rate: float) -> list[float]:
-    """Median and reach; of either form where there are prompts enough with and without templates.
+def _typical(scores: Float[Tensor, " prompts"], rate: float) -> tuple[float, float]:
+    """Median, and how far above it the scores of all but `rate` of such prompts reach.
 
-    Scores reach as far above their median as all but `rate / 2` of them, for the larger of two counts. Their standard
-    deviation would not do: tails differ, and the heaviest would set the threshold of all.
+    Their standard deviation would not do: tails differ, and the heaviest would set the threshold of all.
     """
-    split = plain is not None and min(int(plain.sum()), int((~plain).sum())) > 1
-    forms = [scores[~plain], scores[plain]] if split else [scores]
-    reaches = [float(form.quantile(1 - rate / 2) - form.median()) or 1.0 for form in forms]
-    return [number for form, reach in zip(forms, reaches, strict=True) for number in (float(form.median()), reach)]
+    median = float(scores.median())
+    return median, conformal_quantile(scores, promised(rate, len(scores))) - median or 1.0
 
 
 def _energies(

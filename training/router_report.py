@@ -91,7 +91,7 @@ def remarks(found: Mapping[str, Any]) -> list[str]:
             f"expert's ({each}); their places stand in {REPORT_NAME}, and all were kept"
         )
     limits, prompts = found["abstention"], found["calibration"]["prompts"]
-    if limits is not None and (prompts + 1) * limits["rate"] < 1 + 1e-9:
+    if limits is not None and (prompts + 1) * limits["rate"] < (2 if limits["score"] == "both" else 1) + 1e-9:
         sentences.append(
             f"{prompts} held-out prompts promise no smaller share of strange own ones than "
             f"{100 * limits['rate']:.1f} %: give more with --validation_rows"

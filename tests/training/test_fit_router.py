@@ -328,9 +328,9 @@ def test_what_the_router_doubts_is_measured_on_held_out_prompts_and_saved(comman
     for name in NAMES:
         for example in load_task(name).examples("validation", source="pocket", limit=8, seed=42):
             strange.append(float(model.route(**tokenized(model, example.prompt)).strangeness))
-    ranked = sorted(strange)
-    assert limits.merged_above == pytest.approx(ranked[20 - 1], rel=1e-3)  # ceil(25 * 0.8) of 24 held-out prompts
-    assert limits.base_above >= limits.merged_above
+    assert limits.base_above >= limits.merged_above == 1
+    beyond = sum(one > 1 + 1e-3 for one in strange)
+    assert 1 <= beyond <= 2  # of 24 held-out prompts either score lets 1 pass, 24 - ceil(25 * 0.9)
     said = " ".join(capsys.readouterr().out.split())
     assert "expected calibration error" in said and "run the merged adapter" in said and "(AUROC)" in said
     card = (mixture / "README.md").read_text()
@@ -340,7 +340,7 @@ def test_what_the_router_doubts_is_measured_on_held_out_prompts_and_saved(comman
 def test_too_few_held_out_prompts_for_the_rate_are_told(command, mixture, capsys):
     main(command(*ONE))
     limits = MoaModel.from_pretrained(None, mixture).moa_config.router.abstention
-    assert limits.rate == pytest.approx(1 / 25)  # the smallest that 24 prompts can promise
+    assert limits.rate == pytest.approx(2 / 25)  # the smallest that 24 prompts can promise of either of two scores
     assert "24 held-out prompts promise no smaller share" in " ".join(capsys.readouterr().out.split())
 
 

@@ -11,29 +11,50 @@ from moa.training.router_options import RouterChoices
 PROMPTS, RATE = 8000, 0.02
 
 
-def prompts(seed):
+def prompts(seed, count=PROMPTS):
     """Features of two experts' prompts, half of them without templates, which differ far more among each other."""
     torch.manual_seed(seed)
-    labels, plain = torch.arange(PROMPTS) % 2, torch.arange(PROMPTS) >= PROMPTS // 2
-    noise = torch.randn(PROMPTS, 8)
-    noise[plain] *= torch.distributions.StudentT(2.0).sample((PROMPTS // 2, 1)).abs()
+    labels, plain = torch.arange(count) % 2, torch.arange(count) >= count // 2
+    noise = torch.randn(count, 8)
+    noise[plain] *= torch.distributions.StudentT(2.0).sample((count // 2, 1)).abs()
     means = F.one_hot(labels + 2 * plain, 8) * 6.0
     return means + noise, labels, plain
 
 
-@pytest.mark.parametrize("form", ["with", "without"])
-def test_prompts_that_look_as_if_with_and_without_templates_fall_back_about_equally_often(form):
+@pytest.fixture(scope="module")
+def router():
     seen, labels, plain = prompts(0)
     router = SequenceRouter(8, 2, head="centroid")
     router.standardise(seen)
     router.fit_centroids(seen, F.one_hot(labels, 2).float())
     router.detector = fit_mahalanobis(router.standardised(seen), labels, 2, plain)
-    held_out, labels, plain = prompts(1)
+    return router
+
+
+def limits_from(router, held_out, labels, _plain):
     choices = RouterChoices(ood="both", ood_rate=RATE)
-    config, _ = with_doubt(router, RouterConfig(), held_out, F.one_hot(labels, 2).float(), labels, choices)
-    new, _, _ = prompts(2)
+    return with_doubt(router, RouterConfig(), held_out, F.one_hot(labels, 2).float(), labels, choices)[0].abstention
+
+
+@torch.no_grad()
+def strange(router, limits, new):
+    return (strangeness(router, limits, new, router(new)) > limits.merged_above).float()
+
+
+@pytest.mark.parametrize("form", ["with", "without"])
+def test_prompts_that_look_as_if_with_and_without_templates_fall_back_about_equally_often(router, form):
+    limits, (new, _, _) = limits_from(router, *prompts(1)), prompts(2)
     with torch.no_grad():
-        strange = strangeness(router, config.abstention, new, router(new)) > config.abstention.merged_above
         plain = looks_plain(router.detector.by_form(router.standardised(new)))
-    share = strange[plain if form == "without" else ~plain].float().mean()
-    assert RATE / 2 < share < 2 * RATE
+    share = strange(router, limits, new)[plain if form == "without" else ~plain].mean()
+    assert RATE / 2 < share < 1.2 * RATE
+
+
+@pytest.mark.parametrize("held_out", [24, 48, 98, 150, 400])
+def test_no_more_own_prompts_fall_back_than_promised_however_few_were_held_out(router, held_out):
+    new, _, _ = prompts(2)
+    drawn = [limits_from(router, *prompts(seed, held_out)) for seed in range(3, 103)]
+    rate = max(RATE, 2 / (held_out + 1))
+    assert [limits.rate for limits in drawn] == pytest.approx([rate] * len(drawn))
+    shares = torch.stack([strange(router, limits, new).mean() for limits in drawn])
+    assert shares.mean() - 2 * shares.std() / len(shares) ** 0.5 < rate
