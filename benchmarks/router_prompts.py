@@ -2,11 +2,14 @@
 
     python benchmarks/router_prompts.py outputs/moa --data_dir my_data --rows 100
     python benchmarks/router_prompts.py outputs/moa --data_dir my_data --unseen rte fever
+    python benchmarks/router_prompts.py --write_tasks forms      # then, for what the answers are worth:
+    moa evaluate --mixture outputs/moa --tasks forms/free/*.yaml --data_dir my_data
 
 Test rows of every expert's task in three forms: as the adapters were trained; paraphrased, every header in other
 words; free, one instruction as a person would write it, no headers at all. Unseen tasks have no expert. For each: the
 share of prompts that go to their own expert, with a 95 % interval, and the shares that fall back to the merged adapter
-and to the base model. Only the prefix pass runs.
+and to the base model. Only the prefix pass runs. `--write_tasks` writes the tasks in either other form as files, for
+commands that take tasks.
 """
 
 from __future__ import annotations
@@ -14,8 +17,10 @@ from __future__ import annotations
 import argparse
 import json
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
+import yaml
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -25,6 +30,7 @@ from moa.base_model import load_tokenizer
 from moa.intervals import share_of
 from moa.routing import BASE, EXPERT, MERGED
 from moa.tasks import Task, load_tasks
+from moa.tasks.suites import CATALOG
 
 PARAPHRASED = {
     "sst2": "Is this opinion of a film good or bad?\nOpinion: {sentence}\nVerdict:",
@@ -106,9 +112,19 @@ def together(found: list[Routed]) -> dict[str, object]:
     return {"task": "all", "right": right, "ran": {n: fallback.count(c) / len(fallback) for n, c in RAN.items()}}
 
 
+def write_tasks(folder: Path) -> None:
+    """The catalog's tasks in other words, as FOLDER/FORM/TASK.yaml."""
+    for form in ("paraphrased", "free"):
+        (folder / form).mkdir(parents=True, exist_ok=True)
+        for name, prompt in FORMS[form].items():
+            task = yaml.safe_load((CATALOG / f"{name}.yaml").read_text(encoding="utf-8")) | {"prompt": prompt}
+            (folder / form / f"{name}.yaml").write_text(yaml.safe_dump(task, allow_unicode=True, sort_keys=False))
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("mixture", help="folder of a saved mixture, or a Hub repository")
+    parser.add_argument("mixture", nargs="?", help="folder of a saved mixture, or a Hub repository")
+    parser.add_argument("--write_tasks", type=Path, metavar="FOLDER", help="write task files, and route nothing")
     parser.add_argument("--model", help="base model, if not the one that the mixture names")
     parser.add_argument("--data_dir", help="folder with TASK/test.jsonl; default the Hub")
     parser.add_argument("--rows", type=int, default=100, help="prompts a task (default 100)")
@@ -117,6 +133,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0, help="which rows are drawn")
     parser.add_argument("--json", action="store_true", help="print JSON")
     asked = parser.parse_args(argv)
+    if (asked.mixture is None) == (asked.write_tasks is None):
+        parser.error("give a mixture, or --write_tasks FOLDER")
+    if asked.write_tasks:
+        write_tasks(asked.write_tasks)
+        return
     model = MoaModel.from_pretrained(asked.model, asked.mixture)
     tokenizer = load_tokenizer(asked.model or model.moa_config.base_model)
     tasks = load_tasks(model.experts)
