@@ -7,16 +7,24 @@ GPU each time, and wait for them.
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
 
-def constant(values: tuple[float, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
-    """These numbers as a tensor [len(values)], which nobody may change."""
+def constant(
+    values: tuple[float, ...], device: torch.device, dtype: torch.dtype, times: tuple[int, ...] | None = None
+) -> Tensor:
+    """These numbers as a tensor, which nobody may change.
+
+    Args:
+        times: how often each of them stands in it; None means once.
+    """
+    times = (1,) * len(values) if times is None else times
     if torch.compiler.is_compiling() or _inside_a_transform():
-        return torch.tensor(values, device=device, dtype=dtype)
-    return _kept(values, device, dtype)
+        return _made(values, device, dtype, times)
+    return _kept(values, device, dtype, times)
 
 
 def _inside_a_transform() -> bool:
@@ -25,6 +33,11 @@ def _inside_a_transform() -> bool:
 
 
 @lru_cache(maxsize=4096)
-def _kept(values: tuple[float, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+def _kept(*asked: Any) -> Tensor:
     with torch.inference_mode(False):  # a tensor of inference could not be saved for a later backward
-        return torch.tensor(values, device=device, dtype=dtype)
+        return _made(*asked)
+
+
+def _made(values: tuple[float, ...], device: torch.device, dtype: torch.dtype, times: tuple[int, ...]) -> Tensor:
+    repeated = [value for value, count in zip(values, times, strict=True) for _ in range(count)]
+    return torch.tensor(repeated, device=device, dtype=dtype)

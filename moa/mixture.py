@@ -80,8 +80,8 @@ class GatedLayer(nn.Module):
 
         The base model's own output, which DoRA rescales, is that of x as it was.
         """
-        names = self.route.names(weights.shape[-1])
-        chances = tuple(getattr(self.lora_dropout[name], "p", 0.0) if name in self.lora_A else 0.0 for name in names)
+        dropouts = {name: one for name, one in self.lora_dropout.items() if isinstance(one, nn.Dropout)}
+        chances = tuple(dropouts[n].p if n in dropouts else 0.0 for n in self.route.names(weights.shape[-1]))
         if not any(chances):
             return x
         chance = (weights.detach() * constant(chances, weights.device, weights.dtype)).sum(dim=-1, keepdim=True)
@@ -149,25 +149,27 @@ class GatedLayer(nn.Module):
     def _build_stack(self, members: dict[int, str], columns: int) -> Stack | None:
         if not members:
             return None
-        names = list(members.values())
-        A = torch.cat([self.lora_A[name].weight for name in names])
-        ranks, scalings = tuple(self.r[name] for name in names), [self.scaling[name] for name in names]
-        stretches = {name: self._stretch(name) for name in names if name in self.lora_magnitude_vector}
+        names, read, wrote, magnitudes = list(members.values()), self.lora_A, self.lora_B, self.lora_magnitude_vector
+        A = torch.cat([read[name].weight for name in names])
+        ranks, scalings = tuple(self.r[name] for name in names), tuple(self.scaling[name] for name in names)
+        stretches = {name: self._stretch(name) for name in names if name in magnitudes}
         scales = {name: self.scaling[name] * stretches.get(name, 1) for name in names}
-        biases = {name: self.lora_B[name].bias * scales[name] for name in names if self.lora_B[name].bias is not None}
-        factors = [self.lora_B[name].weight.T for name in names]
+        biases = {name: bias * scales[name] for name in names if (bias := wrote[name].bias) is not None}
+        factors = [wrote[name].weight for name in names]
         if len(set(scalings)) == 1 and not stretches:  # one product for all
-            B = torch.cat(factors) * scalings[0]
+            B = (torch.cat(factors, dim=1) * scalings[0]).T
         else:
-            B = torch.cat([factor * scales[name] for factor, name in zip(factors, names, strict=True)])
+            B = torch.cat([factor.T * scales[name] for factor, name in zip(factors, names, strict=True)])
+        if not B.requires_grad:  # kept, and read row by row in many forwards
+            B = B.contiguous()
         return Stack(
             A=A,
             B=B,
             ranks=ranks,
             members=tuple(members),
             blocks=blocks_of(A, B, ranks, list(members), columns),
-            column_of_rank=constant(_repeated(members, ranks), A.device, torch.long),
-            root_scale=constant(_repeated((abs(s) ** 0.5 for s in scalings), ranks), A.device, A.dtype),
+            column_of_rank=constant(tuple(members), A.device, torch.long, times=ranks),
+            root_scale=constant(tuple(abs(s) ** 0.5 for s in scalings), A.device, A.dtype, times=ranks),
             bias=_of_columns(biases, members, columns),
             stretch=_of_columns({name: stretch - 1 for name, stretch in stretches.items()}, members, columns),
         )
@@ -184,11 +186,6 @@ class GatedLayer(nn.Module):
 def gated_layers(base_model: nn.Module) -> list[GatedLayer]:
     """The gated layers of a model, in the order of `RouteState.layers`."""
     return sorted((one for one in base_model.modules() if isinstance(one, GatedLayer)), key=lambda one: one.place)
-
-
-def _repeated(values: Iterable[float], ranks: tuple[int, ...]) -> tuple[float, ...]:
-    """Each value as often as its rank says."""
-    return tuple(value for value, rank in zip(values, ranks, strict=True) for _ in range(rank))
 
 
 def _of_columns(vectors: dict[str, Tensor], members: dict[int, str], columns: int) -> Tensor | None:

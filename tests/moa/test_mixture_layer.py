@@ -664,6 +664,14 @@ def test_constants_made_inside_a_transform_do_not_outlive_it():
     torch.vmap(lambda x: x + constant(*asked)[0])(torch.zeros(2))
     assert type(constant(*asked)) is torch.Tensor and constant(*asked).tolist() == [4, 2, 4, 1]
     assert constant(*asked) is constant(*asked)
+    assert constant(*asked, times=(2, 0, 1, 1)).tolist() == [4, 4, 4, 1]
+
+
+def test_factors_that_are_kept_lie_row_by_row_in_memory(build, adapters):
+    model = build(adapters)
+    with model.pinned(NAMES):
+        kept = [layer.current_stack(len(adapters)) for layer in model.gated_layers]
+    assert all(stack.B.is_contiguous() for stack in kept)
 
 
 def test_gates_are_kept_for_one_route_and_go_with_it(build, adapters):
