@@ -123,9 +123,9 @@ def own_low_rank(
 
 def _grouped(rows: Float[Tensor, "rows tokens n"], blocks: Blocks, choice: Choice) -> Float[Tensor, "rows tokens o"]:
     """Each row through its expert's factors, the rows of one expert at a time."""
-    tokens = rows.shape[1]
-    ends = choice.ends[blocks.last_column] * tokens
-    ordered = rows[choice.order].flatten(0, 1)
+    tokens, groups = rows.shape[1], choice.groups
+    ends = groups.ends[blocks.last_column] * tokens
+    ordered = rows[groups.order].flatten(0, 1)
     read = F.grouped_mm(ordered, blocks.A.mT, offs=ends)
     written = F.grouped_mm(read, blocks.B, offs=ends).unflatten(0, (-1, tokens))
-    return written[choice.back]
+    return written[groups.back]

@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
+
+
+class Groups(NamedTuple):
+    """Rows sorted by their expert.
+
+    Attributes:
+        order: the rows, those of one expert side by side.
+        back: where each row went in that order.
+        ends: for each column, how many rows stand up to the last one of its own.
+    """
+
+    order: Int[Tensor, " rows"]
+    back: Int[Tensor, " rows"]
+    ends: Int[Tensor, " columns"]
 
 
 @dataclass(frozen=True)
@@ -18,22 +33,26 @@ class Choice:
     Attributes:
         expert: column of the row's expert.
         strength: its weight; 0 for a row that runs the base model.
-        order: the rows, those of one expert side by side.
-        back: where each row went in that order.
-        ends: for each column, how many rows stand up to the last one of its own.
+        columns: how many there are.
     """
 
     expert: Int[Tensor, " rows"]
     strength: Float[Tensor, " rows"]
-    order: Int[Tensor, " rows"]
-    back: Int[Tensor, " rows"]
-    ends: Int[Tensor, " columns"]
+    columns: int
 
     def to(self, device: torch.device) -> Choice:
         """On the device of a layer, which may be another one where the model is spread over several."""
         if self.expert.device == device:
             return self
-        return Choice(*(getattr(self, field.name).to(device) for field in fields(self)))
+        return Choice(self.expert.to(device), self.strength.to(device), self.columns)
+
+    @cached_property
+    def groups(self) -> Groups:
+        """Sorted when a product over groups first asks: on a GPU none does, and these are a dozen kernels."""
+        with torch.inference_mode(False):  # a later forward may want gradients through them
+            order = self.expert.argsort(stable=True)
+            ends = F.one_hot(self.expert, self.columns).sum(dim=0).cumsum(dim=0).int()
+            return Groups(order, order.argsort(), ends)
 
 
 class Look(NamedTuple):
@@ -61,8 +80,5 @@ def choices(weights: Float[Tensor, "rows *layers columns"], look: Look) -> tuple
     layers = weights.unsqueeze(1) if weights.dim() == 2 else weights
     experts = layers.ne(0).int().argmax(dim=-1)
     strengths = layers.gather(-1, experts.unsqueeze(-1)).squeeze(-1)
-    orders = experts.argsort(dim=0, stable=True)
-    backs = orders.argsort(dim=0)
-    ends = F.one_hot(experts, weights.shape[-1]).sum(dim=0).cumsum(dim=-1).int()
-    of_layers = (tensor.unbind(dim=1) for tensor in (experts, strengths, orders, backs))
-    return tuple(Choice(*parts) for parts in zip(*of_layers, ends.unbind(), strict=True))
+    columns = weights.shape[-1]
+    return tuple(Choice(*parts, columns) for parts in zip(experts.unbind(dim=1), strengths.unbind(dim=1), strict=True))

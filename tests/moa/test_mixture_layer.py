@@ -178,6 +178,19 @@ def test_single_tokens_read_their_own_factors_from_twice_the_total_rank_on(
     assert set(own_ranks) == ways
 
 
+def test_rows_are_sorted_by_expert_where_a_grouped_product_asks_alone(build, many, own_ranks):
+    model = build(many)
+    with model.pinned(NAMES):
+        (choice,) = model.route_state._choices
+        logits(model, PROMPT.repeat(1, 3))
+        assert own_ranks and "groups" not in vars(choice)
+        with torch.inference_mode():
+            model(input_ids=PROMPT[:, :1])
+        assert "_grouped" in own_ranks and "groups" in vars(choice)
+        model.requires_grad_(True)  # what was sorted in inference mode serves a forward with gradients
+        model(input_ids=PROMPT[:, :1], use_cache=False).logits.sum().backward()
+
+
 @pytest.mark.parametrize("tokens", [18, 1])
 def test_gradients_of_factors_through_own_blocks_equal_those_through_all(build, many, monkeypatch, own_ranks, tokens):
     found = []
