@@ -109,14 +109,13 @@ def own_low_rank(
 ) -> Float[Tensor, "batch *tokens o"]:
     """`onto + strength * x @ A_e.T @ B_e`, with the expert e of each row; one row of weights serves a whole batch."""
     choice = choice.to(x.device)
-    strength = choice.strength.to(x.dtype)
+    own, strength = choice.expert, choice.strength.to(x.dtype)
     if blocks.here is not None:
-        strength = strength * blocks.here[choice.expert]
+        own, strength = blocks.of_column[own], strength * blocks.here[own]
     rows = x.reshape(len(strength), -1, x.shape[-1])
     # the grouped product cannot be compiled but in bf16
     if blocks.few(rows.shape[1]) and blocks.can_group and not torch.compiler.is_compiling():
         return onto + (_grouped(rows, blocks, choice) * strength[:, None, None]).view(onto.shape)
-    own = blocks.of_column[choice.expert]
     read = rows @ blocks.A[own].mT * strength[:, None, None]
     return plus_product(onto.reshape(*read.shape[:2], -1), read, blocks.B[own]).view(onto.shape)
 
