@@ -86,7 +86,7 @@ def fall_back(
     strange, strangest = strangeness > merged_above, strangeness > (base_above if merged else merged_above)
     fallback = strange.long() + strangest.long()  # the base's threshold is the higher one, so 0, 1 or 2
     weights = routing.weights * (fallback == EXPERT).to(routing.weights)[:, None]
-    if (fallback == MERGED).any():
+    if merged and (fallback == MERGED).any():  # asking waits for a GPU
         weights = torch.cat([weights, (fallback == MERGED).to(weights)[:, None]], dim=-1)
     return replace(routing, weights=weights, strangeness=strangeness, fallback=fallback)
 
