@@ -28,6 +28,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     model, rows = base_model(arguments), task_rows(arguments)
     cuda = torch.cuda.is_available()
     before = torch.cuda.memory_allocated() if cuda else resident()
+    if cuda:  # it was made in float32, which is no part of the training
+        torch.cuda.reset_peak_memory_stats()
     watch = stopwatch(time.perf_counter if cuda else time.process_time, cuda)
     train = train_alone if arguments.way == "alone" else train_jointly
     train(arguments, model, rows, watch)

@@ -255,7 +255,8 @@ def main(argv: list[str] | None = None) -> None:
     if asked.json:
         print(json.dumps({"settings": vars(asked), "results": results}))
         return
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
+    on_gpu = asked.device != "cpu" and torch.cuda.is_available()
+    device = torch.cuda.get_device_name() if on_gpu else platform.machine()
     print(f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}, {asked.clock} time")
     for result in results:
         show(result, asked)
