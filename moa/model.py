@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from moa.adapters import add_to_model, from_model
 from moa.assembly import assemble, check_adapter_name
 from moa.base_model import load_base_model, portable_name
-from moa.config import FALLBACK, Fallback, MoaConfig, RouterConfig
+from moa.config import CONFIG_NAME, FALLBACK, Fallback, MoaConfig, RouterConfig
 from moa.growing import Growth, Prompts, add_expert, remove_expert
 from moa.mixture import RouteState
 from moa.prefix import default_layer
@@ -231,6 +231,26 @@ class MoaModel(RoutedModel):
         return self.set_fallback(fallback.method, adapters=adapters, weights=weights, **settings)
 
     # ---- saving and loading
+
+    def load_adapter(self, model_id: str | Path, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+        """As PEFT's, by which a plain Trainer resumes: the merged adapter, each expert, and none of the rest.
+
+        Raises:
+            ValueError: the merged adapter, while more than the active expert learns, which a plain Trainer would go
+                on with as if nothing had been learnt.
+        """
+        merged, active = adapter_name == FALLBACK, self.active_adapter
+        learning = (name for name, parameter in self.named_parameters() if parameter.requires_grad)
+        if merged and not all(active in name.split(".") for name in learning):
+            raise ValueError(
+                f"a plain Trainer restores the active expert alone, {active!r}, and more than that learns here: "
+                "resume with MoaTrainer or MoaSFTTrainer (moa.training.moa_trainer), which take the same checkpoints"
+            )
+        loaded = super().load_adapter(model_id, adapter_name, *args, **kwargs)
+        described = Path(model_id) / CONFIG_NAME
+        if merged and self.moa_config.fallback is None and described.is_file():
+            self.moa_config.fallback = MoaConfig.from_json(described).fallback
+        return loaded
 
     @classmethod
     def from_pretrained(

@@ -163,6 +163,19 @@ def test_the_best_merge_is_kept_with_its_report_and_stock_peft_loads_it(
     assert not list((tmp_path / "out").glob(".best_merge*"))
 
 
+def test_a_plain_trainer_resumes_the_active_expert_and_says_so_where_more_learns(make_model, make_trainer, tmp_path):
+    saving = {"save_strategy": "steps", "save_steps": 2}
+    whole, resumed, more = make_model(), make_model(), make_model()
+    make_trainer(whole, **saving).train()
+    checkpoint = str(tmp_path / "out" / "checkpoint-2")
+    make_trainer(resumed, **saving).train(resume_from_checkpoint=checkpoint)
+    ended, expected = dict(resumed.named_parameters()), dict(whole.named_parameters())
+    assert all(torch.equal(ended[name], one) for name, one in expected.items())
+    more.moa_router.requires_grad_(True)
+    with pytest.raises(ValueError, match="restores the active expert alone, 'cats', and more than that learns here"):
+        make_trainer(more, **saving).train(resume_from_checkpoint=checkpoint)
+
+
 def test_merging_does_not_change_a_training(make_model, make_trainer):
     results = []
     for callbacks in ([], [MergeCallback("dare_linear", lambda model: torch.rand(1).item(), when="save")]):
