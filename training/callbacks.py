@@ -26,6 +26,7 @@ from moa.training.moa_trainer import refresh_fallback, undisturbed
 from moa.training.routing_tally import RoutingTally
 
 SCORE = "merge_score"
+SCORES = "merge_scores.json"
 CANDIDATE = "merge_candidate"  # the name of a merge while it is being evaluated
 When = Literal["save", "end"]
 
@@ -138,6 +139,8 @@ class MergeCallback(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         _checked(kwargs["model"], self)
+        if state.global_step:
+            self._recall(Path(args.output_dir) / "best_merge" / SCORES, state)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         if self.when == "save":
@@ -168,6 +171,13 @@ class MergeCallback(TrainerCallback):
         if args.should_save:
             self._keep(scratch, Path(args.output_dir) / "best_merge", best, state)
 
+    def _recall(self, told: Path, state: TrainerState) -> None:
+        """Take up the scores that the checkpoint of a resumed run lacks: it was written before its own merge."""
+        seen = {entry["step"] for entry in state.log_history if SCORE in entry}
+        for one in json.loads(told.read_text())["scores"] if told.is_file() else []:
+            if one["step"] <= state.global_step and one["step"] not in seen:
+                state.log_history.append({SCORE: one["score"], "epoch": state.epoch, "step": one["step"]})
+
     def _is_best(self, score: float, state: TrainerState) -> bool:
         earlier = [entry[SCORE] for entry in state.log_history if SCORE in entry]
         if not self.keep_best or not earlier:
@@ -188,7 +198,9 @@ class MergeCallback(TrainerCallback):
             shutil.rmtree(scratch)
         scores = [{"step": one["step"], "score": one[SCORE]} for one in state.log_history if SCORE in one]
         told = {"method": self.method, "greater_is_better": self.greater_is_better, "scores": scores}
-        (kept / "merge_scores.json").write_text(json.dumps(told, indent=2) + "\n")
+        unfinished = kept / f".{SCORES}"  # cut short, the file would stop a resumed run
+        unfinished.write_text(json.dumps(told, indent=2) + "\n")
+        unfinished.replace(kept / SCORES)
 
 
 class PushFusedCallback(TrainerCallback):

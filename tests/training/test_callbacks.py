@@ -176,6 +176,20 @@ def test_a_plain_trainer_resumes_the_active_expert_and_says_so_where_more_learns
         make_trainer(more, **saving).train(resume_from_checkpoint=checkpoint)
 
 
+@pytest.mark.parametrize("make_trainer", ["transformers"], indirect=True)
+def test_a_resumed_training_remembers_how_good_its_merges_were(make_model, make_trainer, tmp_path):
+    scores, kept = iter([0.2, 0.9, 0.4, 0.3]), tmp_path / "out" / "best_merge"
+    best = []
+    for steps, checkpoint in ((2, None), (4, str(tmp_path / "out" / "checkpoint-2"))):
+        merged = MergeCallback("average", lambda model: next(scores), when="save")
+        saving = {"save_strategy": "steps", "save_steps": 1, "max_steps": steps}
+        make_trainer(make_model(), callbacks=[merged], **saving).train(resume_from_checkpoint=checkpoint)
+        best.append(load_file(kept / "adapter_model.safetensors"))
+    assert all(torch.equal(best[1][name], one) for name, one in best[0].items())
+    told = json.loads((kept / "merge_scores.json").read_text())
+    assert [(one["step"], one["score"]) for one in told["scores"]] == [(1, 0.2), (2, 0.9), (3, 0.4), (4, 0.3)]
+
+
 def test_merging_does_not_change_a_training(make_model, make_trainer):
     results = []
     for callbacks in ([], [MergeCallback("dare_linear", lambda model: torch.rand(1).item(), when="save")]):
