@@ -27,6 +27,7 @@ from trl import SFTTrainer
 
 from moa.config import GATES_NAME, ROUTER_NAME
 from moa.model import MoaModel
+from moa.peft_export import adapter_dtype
 from moa.routing import RoutingMode
 from moa.training.routing_tally import UNKNOWN
 
@@ -204,9 +205,10 @@ def restore(model: MoaModel, directory: str | Path) -> None:
     missing += [name for name in held if not (directory / name).is_file()]
     if missing:
         raise ValueError(f"{directory} has no {missing[0]}: resume from a checkpoint of this mixture's own training")
+    widened = adapter_dtype(model.get_base_model()) == torch.float32
     for name in model.experts:
         # as if trainable, for else PEFT puts the whole model into evaluation mode
-        model.load_adapter(str(directory / name), name, is_trainable=True)
+        model.load_adapter(str(directory / name), name, is_trainable=True, autocast_adapter_dtype=widened)
     for name, part in held.items():
         part.load_state_dict(load_file(directory / name))
 

@@ -18,8 +18,9 @@ ROWS = [([3, 4, 5, 6], [7, 8], 0), ([9, 10, 11], [12, 13, 14], 1), ([3, 9, 20, 2
 
 @pytest.fixture
 def make_model(base_folder, adapters):
-    def make(router=True, experts=()):
-        model = MoaModel.from_adapters(AutoModelForCausalLM.from_pretrained(base_folder), adapters)
+    def make(router=True, experts=(), dtype=torch.float32, **more):
+        base = AutoModelForCausalLM.from_pretrained(base_folder, dtype=dtype)
+        model = MoaModel.from_adapters(base, adapters, **more)
         torch.manual_seed(0)
         fitted = SequenceRouter(32, 3)
         torch.nn.init.normal_(fitted.head.weight, std=0.3)
@@ -185,6 +186,16 @@ def test_a_killed_training_resumes_to_the_very_same_weights(
     resumed = make_model(experts=["dogs"])
     trainer(kind, resumed, arguments(config, "killed", **saving), rows).train(resume_from_checkpoint=True)
     assert trained(resumed).keys() == trained(whole).keys()
+    assert all(torch.equal(trained(resumed)[name], one) for name, one in trained(whole).items())
+
+
+def test_a_resumed_training_keeps_the_dtype_of_its_experts(make_model, rows, arguments, trainer, tmp_path):
+    saving = {"save_strategy": "steps", "save_steps": 2}
+    half = {"dtype": torch.bfloat16, "autocast_adapter_dtype": False}
+    whole, resumed = (make_model(experts=["dogs"], **half) for _ in range(2))
+    trainer(MoaTrainer, whole, arguments(**saving), rows).train()
+    trainer(MoaTrainer, resumed, arguments(**saving), rows).train(str(tmp_path / "out" / "checkpoint-2"))
+    assert {one.dtype for name, one in resumed.named_parameters() if ".lora_" in name} == {torch.bfloat16}
     assert all(torch.equal(trained(resumed)[name], one) for name, one in trained(whole).items())
 
 
