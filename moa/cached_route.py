@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from moa.route_state import RouteState
 
 ROUTE = "moa_route"  # an attribute of the cache, so that it goes where the cache goes
+EXPERTS = "moa_experts"  # another one: whose the columns of the route's weights are
 
 
 def is_filled(cache: Any) -> bool:
@@ -36,12 +37,29 @@ def remember(cache: Any, state: RouteState) -> None:
     """Write what runs now into a cache."""
     if cache is not None:
         setattr(cache, ROUTE, running(state))
+        setattr(cache, EXPERTS, state.experts)
 
 
-def recall(cache: Any) -> Tensor | None:
-    """The weights that a cache was written with; None where no mixture wrote it, or not through weights."""
+def recall(cache: Any, state: RouteState) -> Tensor | None:
+    """The weights that a cache was written with; None where no mixture wrote it, or not through weights.
+
+    Raises:
+        ValueError: they are of other experts than there are now.
+    """
     written = getattr(cache, ROUTE, None)
-    return written if isinstance(written, Tensor) else None
+    if not isinstance(written, Tensor):
+        return None
+    _check_experts(cache, state)
+    return written
+
+
+def _check_experts(cache: Any, state: RouteState) -> None:
+    then = getattr(cache, EXPERTS, state.experts)
+    if then != state.experts and is_filled(cache):
+        raise ValueError(
+            f"the cache was written when the experts were {', '.join(then)}, and now they are "
+            f"{', '.join(state.experts)}: call model.reroute(past_key_values) and pass the whole conversation"
+        )
 
 
 def forget(cache: Any) -> None:
@@ -55,9 +73,11 @@ def check_route(cache: Any, state: RouteState) -> None:
     is known.
 
     Raises:
-        ValueError: the cache remembers another route.
+        ValueError: the cache remembers another route, or weights of other experts.
     """
     written = getattr(cache, ROUTE, None)
+    if isinstance(written, Tensor):
+        _check_experts(cache, state)
     if written is None or _same(written, running(state)):
         return  # before the length is asked for, which a static cache on a GPU would wait for at every token
     if is_filled(cache):

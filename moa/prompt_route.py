@@ -15,6 +15,7 @@ from moa.packing import check_sequences, padded, sequence_of_tokens
 from moa.prefix import prompt_tokens, tokens_held
 
 if TYPE_CHECKING:
+    from moa.route_state import RouteState
     from moa.routed_model import RoutedModel
 
 ROWS_OF_A_PROMPT = ("num_beams", "num_return_sequences")
@@ -54,7 +55,7 @@ def take_route(
         state.weights = None
         check_route(cache, state)
     elif is_filled(cache) or input_ids is None:
-        state.weights = _route_of(cache)
+        state.weights = _route_of(cache, state)
     else:
         return _route_prompts(model, input_ids, attention_mask, given.get("labels"))
     return nullcontext()
@@ -76,9 +77,9 @@ def _route_prompts(
     return nullcontext()
 
 
-def _route_of(cache: Cache | None) -> Tensor:
+def _route_of(cache: Cache | None, state: RouteState) -> Tensor:
     """The route that a conversation began with."""
-    weights = recall(cache)
+    weights = recall(cache, state)
     if weights is None:
         raise ValueError(
             "a forward routes on the whole prompt as input_ids: got embeddings, or a cache that this mixture did "
@@ -137,7 +138,7 @@ def _weights_to_generate(model: RoutedModel, input_ids: Tensor | None, given: Ma
         check_route(cache, state)
         return None
     if is_filled(cache):
-        return _route_of(cache)
+        return _route_of(cache, state)
     if input_ids is None:
         raise ValueError("generate routes on input_ids: got none, pass the tokenised prompts")
     return model.route(input_ids, given.get("attention_mask")).weights

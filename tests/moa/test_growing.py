@@ -4,12 +4,13 @@ import pytest
 import torch
 from peft import PeftModel
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from moa.model import MoaModel
 from moa.router import SequenceRouter
 from moa.router_checks import describe_router
 from moa.router_rows import with_expert, without_expert
+from moa.routing import Routing
 from moa.strangeness import Abstention, fit_mahalanobis
 
 PROMPTS = {
@@ -191,6 +192,24 @@ def test_without_a_router_only_the_adapter_comes(model, adapters):
     assert grown.before == grown.after == {} and model.experts == ("cats", "dogs", "films")
     with model.pinned(["films"]):
         model(torch.tensor([[3, 4]]))
+
+
+@pytest.mark.parametrize("change", ["goes", "comes"])
+def test_a_conversation_does_not_go_on_with_other_experts_in_the_columns_of_its_route(model, adapters, change):
+    model.set_fallback("svd")  # one column more, which a mixture of one expert more or less has too
+    cache, prompt = DynamicCache(), torch.tensor([[3, 7, 9]])
+    with model.pinned(Routing(torch.tensor([[0.0, 0.0, 1.0] if change == "comes" else [0.0, 1.0]]))):
+        model(prompt, past_key_values=cache)
+    if change == "comes":
+        model.add_expert("films", adapters["films"])
+    else:
+        model.remove_expert("cats")
+    with pytest.raises(ValueError, match="written when the experts were cats, dogs, and now they are"):
+        model(prompt[:, :1], past_key_values=cache)
+    with pytest.raises(ValueError, match="written when the experts were cats, dogs, and now they are"):
+        model.generate(torch.tensor([[3, 7, 9, 4]]), past_key_values=cache, max_new_tokens=2)
+    with model.pinned(["dogs"]), pytest.raises(ValueError, match="written when the experts were cats, dogs"):
+        model(prompt[:, :1], past_key_values=cache)
 
 
 def test_a_merge_that_cannot_be_made_again_is_dropped_with_a_word(model, adapters):
