@@ -160,9 +160,9 @@ def _finish(
 
 
 def _still_merged(fallback: Fallback, before: Sequence[str], now: Sequence[str]) -> list[str]:
-    """All experts where all were merged; else those of the chosen ones that there are still."""
+    """Those of the chosen experts that there are still; all where all were merged, or adapters that are no experts."""
     chosen = [name for name in now if name in fallback.weights]
-    return list(now) if set(fallback.weights) == set(before) or not chosen else chosen
+    return chosen if chosen and set(fallback.weights) < set(before) else list(now)
 
 
 def _merge_again(model: MoaModel, fallback: Fallback, adapters: Sequence[str]) -> None:

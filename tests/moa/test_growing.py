@@ -224,6 +224,12 @@ def test_a_merge_of_chosen_experts_stays_one_of_those(model, adapters):
     assert set(model.add_expert("films", adapters["films"]).fallback.weights) == {"cats"}
 
 
+def test_a_merge_of_adapters_that_are_no_experts_any_more_is_made_of_all_experts(model, adapters):
+    model.set_fallback("svd")
+    model.moa_config.fallback.weights = {"cats": 1 / 3, "sst2": 1 / 3, "mnli": 1 / 3}  # as "moa compose" leaves it
+    assert set(model.add_expert("films", adapters["films"]).fallback.weights) == {"cats", "dogs", "films"}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
