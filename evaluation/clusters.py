@@ -101,9 +101,22 @@ def compositions(
 
     Args:
         budgets: numbers of adapters, from 1 to all.
+
+    Raises:
+        ValueError: a cluster that would be called as an expert is, or as another cluster.
     """
     fusions = tree(agreement)[:, :2].astype(int).tolist()
-    return {budget: _composition(names, fusions[: len(names) - budget]) for budget in sorted(set(budgets))}
+    composed = {budget: _composition(names, fusions[: len(names) - budget]) for budget in sorted(set(budgets))}
+    clusters = {members for of in composed.values() for members in of.clusters}
+    called = {name: (name,) for name in names}
+    for members in sorted(clusters):
+        other = called.setdefault(cluster_name(members), members)
+        if other != members:
+            raise ValueError(
+                f"the merge of {', '.join(members)} would be called {cluster_name(members)!r}, and so is "
+                f"{'an expert' if len(other) == 1 else 'that of ' + ', '.join(other)}: give the experts other names"
+            )
+    return composed
 
 
 def _composition(names: Sequence[str], fusions: Sequence[Sequence[int]]) -> Composition:

@@ -254,6 +254,20 @@ def test_a_cluster_is_named_after_its_members_or_the_first_of_many():
     assert cluster_name(list("abcdef")) == "a-and-5-more"
 
 
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (["a", "b", "a-b", "c"], "merge of a, b would be called 'a-b', and so is an expert"),
+        (["a", "b-c", "a-b", "c"], "merge of a-b, c would be called 'a-b-c', and so is that of a, b-c"),
+    ],
+)
+def test_a_cluster_that_would_take_the_name_of_another_adapter_is_refused(names, said):
+    pairs = torch.eye(2).repeat_interleave(2, dim=0).repeat_interleave(2, dim=1)
+    assert len(compositions(names, pairs, [4])) == 1
+    with pytest.raises(ValueError, match=said):
+        compositions(names, pairs, [2, 4])
+
+
 # ---- the command
 
 
