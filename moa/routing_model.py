@@ -87,7 +87,7 @@ class RoutingModel(PeftModelForCausalLM):
         """How weights follow from the router's scores: `hard`, `top_k`, `soft` or `conformal`, as `route_logits` says.
 
         Args:
-            top_k: how many experts `top_k` mixes; None as before.
+            top_k: how many experts `top_k` mixes, and each token where Arrow routes tokens; None as before.
 
         Raises:
             ValueError: no such routing, or a `top_k` that the number of experts does not allow.
@@ -95,6 +95,8 @@ class RoutingModel(PeftModelForCausalLM):
         top_k = self.moa_config.top_k if top_k is None else top_k
         check_mode(routing, top_k, len(self.experts))
         self.moa_config.routing, self.moa_config.top_k = routing, top_k
+        if self.moa_config.granularity == "token":
+            self.set_granularity("token", by=self.moa_config.token_router)
 
     def set_granularity(self, granularity: Granularity, *, by: TokenRouter = "arrow") -> None:
         """Route each prompt, by the router (`sequence`) or by one at each of several depths (`layer`), or each token

@@ -40,6 +40,18 @@ def test_it_equals_pefts_arrow(mixture, base_folder, equal, top_k, temperature):
         torch.testing.assert_close(mixture(IDS).logits, stock(IDS).logits, rtol=1e-3, atol=1e-3)
 
 
+def test_tokens_mix_as_many_experts_as_the_mixture_says_before_and_after_saving(mixture, tmp_path):
+    mixture.set_granularity("token")
+    mixture.set_routing("top_k", 1)
+    expected = ArrowRouter(mixture.get_base_model(), mixture.experts, top_k=1)
+    with torch.no_grad():
+        with mixture.route_state.set(layer_router=expected):
+            logits = mixture(IDS).logits
+        assert torch.equal(mixture(IDS).logits, logits)
+        mixture.save_pretrained(tmp_path / "saved")
+        torch.testing.assert_close(MoaModel.from_pretrained(None, tmp_path / "saved")(IDS).logits, logits)
+
+
 def test_a_cache_changes_nothing(mixture):
     mixture.route_state.layer_router = ArrowRouter(mixture.get_base_model(), mixture.experts)
     options = {"max_new_tokens": 8, "do_sample": False, "attention_mask": torch.ones_like(IDS)}
