@@ -17,7 +17,7 @@ from moa.answer_losses import cross_entropy
 from moa.answer_rows import predict, tokenised
 from moa.attention import attention_of
 from moa.base_model import load_tokenizer
-from moa.config import CONFIG_NAME, MoaConfig
+from moa.config import CONFIG_NAME, GATES_NAME, MoaConfig
 from moa.model import MoaModel
 from moa.precision import dtype_of
 from moa.shared_arguments import RefitArguments
@@ -25,7 +25,7 @@ from moa.tasks import Example, Task
 from moa.training.completion_config import CompletionConfig
 from moa.training.data import completion_dataset
 from moa.training.moa_trainer import MoaTrainerMixin
-from moa.training.record import Run, open_refit, refit_record, settings_of, text_sha256
+from moa.training.record import Run, fitted_part, open_refit, refit_record, settings_of, text_sha256
 from moa.training.trainer import LoraTrainer
 
 REPORT_NAME = "gates_report.json"
@@ -56,7 +56,7 @@ def fit_gates(asked: RefitArguments, tasks: Sequence[Task], training: Completion
         "training": {**settings_of(training), "max_length": training.max_length},
         "rows_sha256": text_sha256(one.prompt + one.answer for one in [*seen, *unseen]),
     }
-    run = open_refit(asked, record, training, result=REPORT_NAME)
+    run = open_refit(asked, record, training, part=GATES_NAME, result=REPORT_NAME)
     if run.finished:
         print(f"kept the gates of {asked.folder}: they were trained with these settings", flush=True)
         return
@@ -113,7 +113,8 @@ def _save(model: MoaModel, folder: Path, run: Run, found: dict[str, Any]) -> Non
     model.save_pretrained(folder)
     (run.directory / REPORT_NAME).write_text(json.dumps(found, indent=2) + "\n")
     base = model.get_base_model()
-    run.finish(loss=found["gates"], attention=attention_of(base), dtype=dtype_of(base))
+    part = fitted_part(model.moa_config, GATES_NAME)
+    run.finish(loss=found["gates"], attention=attention_of(base), dtype=dtype_of(base), part=part)
     own = f", {found['own_expert']:.3f} with each task's own expert" if "own_expert" in found else ""
     print(
         f"{found['rows']} held-out answers, nats a token: {found['all_alike']:.3f} with all experts alike, "

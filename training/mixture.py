@@ -13,14 +13,14 @@ from transformers import TrainingArguments, set_seed
 from moa.adapters import read_adapter
 from moa.attention import attention_of
 from moa.base_model import load_base_model, load_tokenizer
-from moa.config import CONFIG_NAME
+from moa.config import CONFIG_NAME, ROUTER_NAME
 from moa.merging import find_method
 from moa.model import MoaModel
 from moa.precision import dtype_of
 from moa.routing import RoutingMode
 from moa.shared_arguments import RefitArguments
 from moa.tasks import Example, Task
-from moa.training.record import Run, asked_dtype, open_refit, refit_record, settings_of, text_sha256
+from moa.training.record import Run, asked_dtype, fitted_part, open_refit, refit_record, settings_of, text_sha256
 from moa.training.router_fit import RouterFit, check_count
 from moa.training.router_options import RouterChoices
 from moa.training.router_report import REPORT_NAME, report, show_report, write_report
@@ -116,7 +116,7 @@ def refit_router(
     plain = _examples(_plain(tasks, choices), *numbers)
     how = {"routing": model.moa_config.routing, "top_k": model.moa_config.top_k}
     record = {**refit_record(asked, model.moa_config), **how, **_record(training, choices, fit_on, held_out)}
-    run = open_refit(asked, record, training, result=REPORT_NAME)
+    run = open_refit(asked, record, training, part=ROUTER_NAME, result=REPORT_NAME)
     if run.finished:
         print(f"kept the router of {folder}: it was fitted with these settings", flush=True)
         return
@@ -173,6 +173,7 @@ def _fit_and_save(fit: RouterFit, run: Run, folder: Path) -> None:
     write_report(found, run.directory)
     base = model.get_base_model()
     how = {"chosen": found["chosen"], "attention": attention_of(base), "dtype": dtype_of(base)}
+    how["part"] = fitted_part(config, ROUTER_NAME)
     run.finish(accuracy=found["accuracy"], temperature=found["temperature"], **how)
     show_report(found, Console())
     low, high = found["interval"]

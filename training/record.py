@@ -8,7 +8,7 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 from transformers import TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
-from moa.config import MoaConfig
+from moa.config import CONFIG_NAME, MoaConfig
 from moa.shared_arguments import RefitArguments
 
 RECORD_NAME = "moa_training.json"
@@ -45,6 +45,7 @@ class Run:
         finished: whether the result is there already.
         checkpoint: where an interrupted run left off; None starts from the beginning.
         new: whether the record was written just now.
+        outcome: what a finished run said of its result.
     """
 
     directory: Path
@@ -52,6 +53,7 @@ class Run:
     finished: bool
     checkpoint: str | None
     new: bool = False
+    outcome: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def open(
@@ -88,7 +90,7 @@ class Run:
                 f"{directory} holds a run that was made otherwise (its {', '.join(changed)} differ): {remedy}"
             )
         if "result" in earlier and (directory / result).is_file():
-            return cls(directory, record, finished=True, checkpoint=None)
+            return cls(directory, record, finished=True, checkpoint=None, outcome=earlier["result"])
         checkpoint = _checkpoint(directory)
         if checkpoint and not resume:
             raise ValueError(
@@ -121,20 +123,38 @@ def refit_record(asked: RefitArguments, config: MoaConfig) -> dict[str, Any]:
     }
 
 
-def open_refit(asked: RefitArguments, record: dict[str, Any], training: TrainingArguments, *, result: str) -> Run:
+def fitted_part(config: MoaConfig, part: str) -> dict[str, Any]:
+    """How a saved mixture routes, and the checksum of one of its files: what a finished fit has left of itself."""
+    return {"granularity": config.granularity, "sha256": config.sha256.get(part)}
+
+
+def open_refit(
+    asked: RefitArguments, record: dict[str, Any], training: TrainingArguments, *, part: str, result: str
+) -> Run:
     """The run that fits a part of a saved mixture; see `Run.open`. An earlier one that was made otherwise is forgotten
-    where that was asked for, unless it is to be resumed."""
+    where that was asked for, unless it is to be resumed.
+
+    Args:
+        part: the mixture's file that holds what is fitted; a finished run stands for it only while it is as it was.
+    """
     directory = Path(training.output_dir)
     with training.main_process_first(desc="earlier fit"):
         if asked.overwrite and training.should_save and not training.resume_from_checkpoint:
             _forget(directory, result)
-        return Run.open(
+        run = Run.open(
             directory,
             record,
             result=result,
             resume=training.resume_from_checkpoint,
             remedy="pass --overwrite to fit it again, or choose another --output_dir",
         )
+    now = fitted_part(MoaConfig.from_json(asked.folder / CONFIG_NAME), part)
+    if run.outcome.get("part", now) != now:
+        raise ValueError(
+            f"{asked.folder} was changed after the fit of these settings in {directory}, and routes otherwise now: "
+            "pass --overwrite to fit it again"
+        )
+    return run
 
 
 def _forget(directory: Path, result: str) -> None:

@@ -12,6 +12,7 @@ from moa.model import MoaModel
 from moa.router import SequenceRouter
 from moa.tasks import load_task
 from moa.training.fit_gates import main
+from moa.training.fit_router import main as fit_router
 from moa.training.gates_fit import GatesTrainer
 
 NAMES = ("sst2", "squad", "piqa")
@@ -68,6 +69,17 @@ def test_a_mixture_gets_gates_that_make_answers_likelier_and_keeps_everything_el
     assert f"{found['gates']:.3f} with the gates" in capsys.readouterr().out
     main(command())
     assert "kept the gates" in capsys.readouterr().out
+
+
+def test_a_fit_that_the_mixture_no_longer_routes_by_is_not_said_to_be_kept(command, mixture, refusal):
+    words = "--source pocket --train_rows 8 --validation_rows 4 --heads centroid"
+    router = [str(mixture), *words.split()]
+    fit_router(router)
+    main(command())
+    assert "routes otherwise now: pass --overwrite to fit it again" in refusal(fit_router, router)
+    fit_router([*router, "--overwrite"])
+    assert MoaModel.from_pretrained(None, mixture).moa_config.granularity == "sequence"
+    assert "routes otherwise now: pass --overwrite to fit it again" in refusal(main, command())
 
 
 def test_a_killed_training_resumes_to_the_same_gates(command, mixture, monkeypatch):
