@@ -54,7 +54,11 @@ def main(argv: list[str] | None = None) -> None:
     unknown = [name for name in asked.remove if name not in model.experts]
     if unknown:
         raise ValueError(f"no expert is called {unknown[0]!r}: this mixture has {', '.join(model.experts)}")
-    train, held_out = _examples(asked, [*model.experts, *added], added, plain=model.moa_config.router.plain_prompts)
+    for name in added:
+        if name in model.experts and name not in asked.remove:
+            raise ValueError(f"an expert is called {name!r} already: give the new one another name, or --remove that")
+    experts = list(dict.fromkeys([*model.experts, *added]))
+    train, held_out = _examples(asked, experts, added, plain=model.moa_config.router.plain_prompts)
     changes = [(model.remove_expert, name) for name in asked.remove]
     changes += [(partial(model.add_expert, path=path, examples=train[name]), name) for name, path in added.items()]
     before: dict[str, float] = {}

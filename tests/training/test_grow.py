@@ -46,12 +46,19 @@ def test_an_expert_is_added_and_removed_again(mixture, adapters, base_folder, ca
     assert again.moa_router.head.weight.equal(head.weight)
 
 
+def test_an_expert_is_replaced_by_another_adapter_of_its_name(mixture, adapters):
+    main([str(mixture), "--remove", "sst2", "--add", f"sst2={adapters['films']}", *FEW])
+    model = MoaModel.from_pretrained(None, mixture)
+    assert model.experts == ("squad", "sst2") and model.peft_config["sst2"].r == 8
+
+
 def test_bad_input_is_one_sentence_and_changes_nothing(mixture, adapters, refusal):
     config = (mixture / "moa_config.json").read_bytes()
     for words, message in (
         ([], "nothing to do"),
         (["--add", "piqa"], "--add takes NAME=ADAPTER"),
         (["--add", f"piqa={adapters['films']}", "piqa=elsewhere"], "--add names 'piqa' twice"),
+        (["--add", f"squad={adapters['films']}"], "an expert is called 'squad' already"),
         (["--remove", "birds"], "no expert is called 'birds'"),
         (["--add", f"piqa={adapters['films']}", "--tasks", "sst2", "squad"], "no task is called 'piqa'"),
     ):
