@@ -77,12 +77,13 @@ def main(argv: list[str] | None = None) -> None:
     from rich.console import Console
 
     from moa.evaluation.compose_report import print_composed, write_html, write_png
-    from moa.evaluation.full_evaluation import check_counts
+    from moa.evaluation.full_evaluation import check_counts, check_scales
     from moa.evaluation.merges import AskedMerge
     from moa.evaluation.report import write_json
     from moa.model import MoaModel
 
     check_counts(asked, ("rows", "validation_rows", "batch_size", "max_new_tokens"))
+    check_scales(asked.scales)
     if not 0 <= asked.geometry_share <= 1:
         raise ValueError(f"--geometry_share is a share from 0 to 1, got {asked.geometry_share}")
     merge = AskedMerge.read(asked.method)

@@ -13,6 +13,7 @@ mixture that is a folder. Ctrl-C loses nothing: the same command goes on with th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -82,6 +83,7 @@ def main(argv: list[str] | None = None) -> None:
     from moa.saving import describe_mixture
 
     check_counts(asked)
+    check_scales(asked.scales)
     check_routers(asked.routers)
     merges = [AskedMerge.read(spec) for spec in asked.methods if asked.methods != ["none"]]
     model = MoaModel.from_pretrained(asked.model, asked.mixture, check_base=asked.check_base, **asked.computing)
@@ -103,6 +105,13 @@ def check_counts(asked: Any, options: Sequence[str] = COUNTS) -> None:
         value = getattr(asked, option)
         if value is not None and value < 1:
             raise ValueError(f"--{option} must be at least 1, got {value}")
+
+
+def check_scales(scales: Sequence[float]) -> None:
+    """Refuse strengths that no merge can have, before hours of other rows."""
+    for scale in scales:
+        if not math.isfinite(scale) or scale == 0:
+            raise ValueError(f"--scales are finite numbers other than 0, got {scale}")
 
 
 def compare(model: MoaModel, merges: Sequence[AskedMerge], asked: EvaluationArguments) -> dict[str, Any]:

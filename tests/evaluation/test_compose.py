@@ -395,6 +395,7 @@ def test_the_smallest_budget_within_the_interval_of_the_best_is_recommended():
         (["--method", "tie"], "ties"),
         (["--geometry_share", "2"], "from 0 to 1"),
         (["--rows", "0"], "--rows"),
+        (["--scales", "1", "0"], "--scales are finite numbers other than 0, got 0.0"),
         (["--mixture", "nowhere"], "nowhere"),
         (["--method", "regmean"], "merge_statistics.safetensors"),
     ],

@@ -288,6 +288,7 @@ def test_the_help_says_that_the_mixtures_card_gets_the_scores(capsys):
         (["--mixture", "nowhere"], "nowhere"),
         (["--tasks", "sst3"], "sst2"),
         (["--rows", "0"], "--rows"),
+        (["--scales", "1", "nan"], "--scales are finite numbers other than 0, got nan"),
         (["--row", "5"], "did you mean '--rows'"),
     ],
 )
