@@ -87,16 +87,27 @@ def main(argv: list[str] | None = None) -> None:
     check_routers(asked.routers)
     merges = [AskedMerge.read(spec) for spec in asked.methods if asked.methods != ["none"]]
     model = MoaModel.from_pretrained(asked.model, asked.mixture, check_base=asked.check_base, **asked.computing)
+    described = _description(asked.mixture)
     found = compare(model, merges, asked)
     output = Path(asked.output_dir)
     write_json(found, output / "results.json")
     write_html(found, output / "report.html")
     write_markdown(found, output / "results.md")
-    if Path(asked.mixture).is_dir():
+    changed = _description(asked.mixture) != described
+    if described is not None and not changed:
         model.moa_config.scores = other_scores(model.moa_config.scores) | card_scores(found)
         describe_mixture(model, Path(asked.mixture))
     print_table(found, Console())
+    if changed:
+        print(f"\n{asked.mixture} was changed meanwhile, so its card gets no scores: run the same command again")
     print(f"\nresults: {output / 'results.json'}, {output / 'results.md'}\nreport:  {output / 'report.html'}")
+
+
+def _description(mixture: str) -> bytes | None:
+    """What a mixture that is a folder says of itself, which another command may change during an evaluation."""
+    from moa.config import CONFIG_NAME
+
+    return (Path(mixture) / CONFIG_NAME).read_bytes() if Path(mixture).is_dir() else None
 
 
 def check_counts(asked: Any, options: Sequence[str] = COUNTS) -> None:

@@ -274,6 +274,18 @@ def test_the_scores_of_the_last_evaluation_are_on_the_mixtures_card(command, mix
     MoaModel.from_pretrained(None, mixture)  # the card is no part of what the checksums protect
 
 
+def test_a_mixture_that_was_changed_while_it_was_evaluated_stays_as_it_is_now(command, mixture, monkeypatch, capsys):
+    def meanwhile(found, file):
+        model = MoaModel.from_pretrained(None, mixture)
+        model.remove_expert("squad")
+        model.save_pretrained(mixture)
+
+    monkeypatch.setattr("moa.evaluation.report.write_markdown", meanwhile)
+    main(command("--tasks", "sst2", "--methods", "none"))
+    assert "was changed meanwhile, so its card gets no scores" in capsys.readouterr().out
+    assert "squad" not in MoaModel.from_pretrained(None, mixture).experts
+
+
 def test_the_help_says_that_the_mixtures_card_gets_the_scores(capsys):
     with pytest.raises(SystemExit):
         main(["--help"])
