@@ -79,7 +79,7 @@ def _route_prompts(
 
 def _route_of(cache: Cache | None, state: RouteState) -> Tensor:
     """The route that a conversation began with."""
-    weights = recall(cache, state)
+    weights = recall(cache, state) if is_filled(cache) else None
     if weights is None:
         raise ValueError(
             "a forward routes on the whole prompt as input_ids: got embeddings, or a cache that this mixture did "

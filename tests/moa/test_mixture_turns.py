@@ -227,3 +227,11 @@ def test_a_cache_that_was_emptied_takes_any_route(model, kind):
         with model.pinned(["dogs", "dogs", "cats"]):
             again = model(input_ids=PROMPT, past_key_values=cache).logits
             torch.testing.assert_close(again, model(input_ids=PROMPT, use_cache=False).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_embeddings_do_not_take_the_route_that_a_cache_had_before_it_was_emptied(model):
+    cache, embeddings = DynamicCache(), model.get_input_embeddings()(PROMPT)
+    model(PROMPT, past_key_values=cache)
+    cache.reset()
+    with pytest.raises(ValueError, match="routes on the whole prompt as input_ids: got embeddings"):
+        model(inputs_embeds=embeddings, past_key_values=cache)
