@@ -111,6 +111,18 @@ def one_route(model: RoutedModel, input_ids: Tensor | None, given: Mapping[str, 
         yield
 
 
+def mask_of_prompts(model: RoutedModel, input_ids: Tensor | None, given: Mapping[str, Any]) -> Tensor | None:
+    """The mask that a generation is given, else the one that transformers infers from padding; None where all counts.
+
+    The router must not read the padding that the answer does not see.
+    """
+    mask = given.get("attention_mask")
+    padding, ends = (_asked(model, given, name) for name in ("pad_token_id", "eos_token_id"))
+    if mask is not None or input_ids is None or padding is None:
+        return mask
+    return None if padding in (ends if isinstance(ends, list) else [ends]) else input_ids.ne(padding).long()
+
+
 def _asked(model: RoutedModel, given: Mapping[str, Any], name: str) -> Any:
     """An option of a generation: of the call, else of its config, else of the model's, as transformers looks it up."""
     config = given.get("generation_config")

@@ -18,7 +18,7 @@ from transformers import Cache
 
 from moa.cached_route import forget, remember
 from moa.mixture import GatedLayer, install
-from moa.prompt_route import one_route, take_route
+from moa.prompt_route import mask_of_prompts, one_route, take_route
 from moa.routing import Routing, route_names
 from moa.routing_model import RoutingModel
 
@@ -185,6 +185,7 @@ class RoutedModel(RoutingModel):
             with self._pinned_by_argument(adapter_names):
                 return self.generate(inputs, **kwargs)
         input_ids, cache = kwargs.pop("input_ids", inputs), kwargs.get("past_key_values")
+        kwargs["attention_mask"] = mask_of_prompts(self, input_ids, kwargs)
         with self._disabled(), one_route(self, input_ids, kwargs):
             out = super().generate(input_ids=input_ids, **kwargs)
             for filled in (cache, getattr(out, "past_key_values", None)):

@@ -165,6 +165,17 @@ def test_padding_on_either_side_changes_nothing(model, stock, base_folder, side)
     assert names
 
 
+def test_a_generation_without_a_mask_routes_on_the_tokens_that_transformers_takes_for_the_prompt(model):
+    padded = torch.nn.functional.pad(PROMPT, (9, 0))
+    expected = chosen(model)
+    assert expected != chosen(model, padded)  # padding is no part of a prompt
+    masked = model.generate(padded, attention_mask=padded.ne(0).long(), **GREEDY)
+    assert torch.equal(model.generate(padded, **GREEDY), masked)
+    model.generation_config.pad_token_id = 1  # the end's: transformers then takes all for the prompt
+    unmasked = model.generate(padded, attention_mask=torch.ones_like(padded), **GREEDY)
+    assert torch.equal(model.generate(padded, **GREEDY), unmasked) and not torch.equal(unmasked, masked)
+
+
 @pytest.mark.parametrize(
     "other",
     [
