@@ -8,7 +8,7 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,7 @@ class Run:
         checkpoint: where an interrupted run left off; None starts from the beginning.
         new: whether the record was written just now.
         outcome: what a finished run said of its result.
+        forgotten: record and result of the run that this one takes the place of, by their files' names.
     """
 
     directory: Path
@@ -54,6 +55,7 @@ class Run:
     checkpoint: str | None
     new: bool = False
     outcome: Mapping[str, Any] = field(default_factory=dict)
+    forgotten: Mapping[str, bytes] = field(default_factory=dict)
 
     @classmethod
     def open(
@@ -101,12 +103,15 @@ class Run:
 
     @contextmanager
     def withdrawn_if_refused(self) -> Iterator[None]:
-        """What is refused inside the block was no run: its record goes, for it would stand in the way of the next."""
+        """What is refused inside the block was no run: its record goes, for it would stand in the way of the next, and
+        what was forgotten for it comes back."""
         try:
             yield
         except (ValueError, FileNotFoundError):
             if self.new:
                 (self.directory / RECORD_NAME).unlink(missing_ok=True)
+            for name, content in self.forgotten.items():
+                (self.directory / name).write_bytes(content)
             raise
 
     def finish(self, **result: Any) -> None:
@@ -137,10 +142,10 @@ def open_refit(
     Args:
         part: the mixture's file that holds what is fitted; a finished run stands for it only while it is as it was.
     """
-    directory = Path(training.output_dir)
+    directory, forgotten = Path(training.output_dir), {}
     with training.main_process_first(desc="earlier fit"):
         if asked.overwrite and training.should_save and not training.resume_from_checkpoint:
-            _forget(directory, result)
+            forgotten = _forget(directory, result)
         run = Run.open(
             directory,
             record,
@@ -154,15 +159,19 @@ def open_refit(
             f"{asked.folder} was changed after the fit of these settings in {directory}, and routes otherwise now: "
             "pass --overwrite to fit it again"
         )
-    return run
+    return replace(run, forgotten=forgotten)
 
 
-def _forget(directory: Path, result: str) -> None:
-    """Remove a run's record, result and checkpoints, and nothing else that its folder may hold."""
-    for name in (RECORD_NAME, result):
-        (directory / name).unlink(missing_ok=True)
+def _forget(directory: Path, result: str) -> dict[str, bytes]:
+    """Remove a run's record, result and checkpoints, and nothing else that its folder may hold; returns the first two
+    by their names."""
+    files = [directory / name for name in (RECORD_NAME, result) if (directory / name).is_file()]
+    found = {file.name: file.read_bytes() for file in files}
+    for file in files:
+        file.unlink()
     while checkpoint := _checkpoint(directory):
         shutil.rmtree(checkpoint)
+    return found
 
 
 def settings_of(training: TrainingArguments) -> dict[str, Any]:

@@ -184,6 +184,15 @@ def test_a_fit_is_kept_and_another_is_asked_for(command, mixture, refusal, capsy
     assert MoaModel.from_pretrained(None, mixture).moa_config.router.head == "centroid"
 
 
+def test_a_fit_that_is_refused_leaves_the_report_of_the_one_that_it_was_to_replace(command, mixture, refusal, capsys):
+    main(command(*ONE))
+    before = {file: file.read_bytes() for file in (mixture / "router_fit").iterdir() if file.is_file()}
+    assert "cannot read layer 9" in refusal(main, command(*ONE, "--layers", "9", "--overwrite"))
+    assert {file: file.read_bytes() for file in (mixture / "router_fit").iterdir() if file.is_file()} == before
+    main(command(*ONE))
+    assert "kept the router" in capsys.readouterr().out
+
+
 def test_losses_of_experts_are_those_of_each_adapter_alone(mixture, tokenizer, adapters, base_folder):
     from peft import PeftModel
 
