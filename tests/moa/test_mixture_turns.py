@@ -16,6 +16,7 @@ from transformers import (
 )
 
 from moa.arrow import ArrowRouter
+from moa.choice import look_at
 from moa.model import MoaModel
 from moa.router import SequenceRouter
 from moa.routing import Routing
@@ -57,6 +58,24 @@ def test_turns_that_share_a_cache_keep_the_first_turns_route(model, stock):
         turn = alone.generate(input_ids=PROMPT[row : row + 1], **GREEDY)
         expected = alone.generate(input_ids=torch.cat([turn, MORE[row : row + 1]], dim=1), **GREEDY)
         assert torch.equal(second[row : row + 1], expected)
+
+
+def test_a_route_is_looked_at_once_for_all_tokens_that_follow_and_again_when_it_was_changed(model, monkeypatch):
+    looked = []
+    monkeypatch.setattr("moa.route_state.look_at", lambda weights: looked.append(weights) or look_at(weights))
+    with torch.no_grad():
+        cache = model(input_ids=PROMPT, use_cache=True).past_key_values
+        for token in range(3):
+            model(input_ids=MORE[:, :1] + token, past_key_values=cache)
+        assert len(looked) == 1
+        model.route_state.weights.zero_()
+        model(input_ids=MORE[:, :1], past_key_values=cache)
+        assert len(looked) == 2
+        with model.using_base():
+            expected = model(input_ids=MORE[:, :1], use_cache=False).logits
+        without_cache = model.route_state.weights
+        with model.pinned(Routing(without_cache)):
+            assert torch.equal(model(input_ids=MORE[:, :1], use_cache=False).logits, expected)
 
 
 def test_turns_inside_a_pinned_route_equal_those_without_a_cache(model):
