@@ -18,7 +18,6 @@ from typing import Any
 
 from accelerate.utils import find_executable_batch_size
 from transformers import TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 
 from moa.assembly import check_adapter_name
 from moa.attention import attention_of
@@ -30,7 +29,7 @@ from moa.tasks import Example
 from moa.training.data import completion_dataset
 from moa.training.joint_trainer import JointTrainer, schedule
 from moa.training.lora import Wanted, add_adapters, open_run, save_adapter
-from moa.training.record import RECORD_NAME, Run
+from moa.training.record import RECORD_NAME, Run, whole_checkpoint
 
 FOLDER = ".joint"
 """In OUTPUT_DIR, what an unfinished run needs to go on; no task can be called so, and `OUTPUT_DIR/*` skips it."""
@@ -106,7 +105,7 @@ def _train(
             batch_size=batch_size,
             processing_class=tokenizer,
         )
-        trainer.train(resume_from_checkpoint=get_last_checkpoint(together.directory))
+        trainer.train(resume_from_checkpoint=whole_checkpoint(together.directory))
         return trainer
 
     trainer = train(batch_size) if batch_size else in_few_forwards(train, training, len(left))

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
 from moa.config import CONFIG_NAME, MoaConfig
@@ -93,7 +94,7 @@ class Run:
             )
         if "result" in earlier and (directory / result).is_file():
             return cls(directory, record, finished=True, checkpoint=None, outcome=earlier["result"])
-        checkpoint = _checkpoint(directory)
+        checkpoint = whole_checkpoint(directory)
         if checkpoint and not resume:
             raise ValueError(
                 f"{directory} holds an unfinished run ({Path(checkpoint).name}): pass --resume_from_checkpoint to go "
@@ -187,6 +188,12 @@ def asked_dtype(computing: Mapping[str, str]) -> dict[str, str]:
 def text_sha256(texts: Iterable[str]) -> str:
     """One checksum of many texts, in their order."""
     return hashlib.sha256("\0".join(texts).encode()).hexdigest()
+
+
+def whole_checkpoint(directory: Path) -> str | None:
+    """The last checkpoint that a run was not killed in the midst of: the Trainer's state is written after the rest."""
+    whole = [state.parent for state in directory.glob(f"checkpoint-*/{TRAINER_STATE_NAME}")]
+    return str(max(whole, key=lambda checkpoint: int(checkpoint.name.split("-")[1]))) if whole else None
 
 
 def _checkpoint(directory: Path) -> str | None:

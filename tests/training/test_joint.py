@@ -170,6 +170,7 @@ def test_what_a_run_of_one_task_finished_is_kept_and_what_it_began_is_not_touche
     assert json.loads((tmp_path / "squad" / "moa_training.json").read_text())["result"]["joint"] == ["mrpc", "squad"]
     (tmp_path / "squad" / "adapter_model.safetensors").unlink()
     (tmp_path / "squad" / "checkpoint-1").mkdir()
+    (tmp_path / "squad" / "checkpoint-1" / "trainer_state.json").touch()
     said = refusal(main, words(tmp_path, "--max_steps", "2", "--joint", "--resume_from_checkpoint"))
     assert "unfinished run of this task alone (checkpoint-1): finish it without --joint" in said
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -64,6 +65,19 @@ def test_a_killed_run_resumes_to_the_same_weights(command, tmp_path, monkeypatch
     main(command("--resume_from_checkpoint"))
     whole, resumed = weights(tmp_path / "whole" / "sst2"), weights(tmp_path / "lora" / "sst2")
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_a_run_killed_while_it_saved_goes_on_from_the_checkpoint_before(command, tmp_path, monkeypatch):
+    main(command(output="whole"))
+    with monkeypatch.context() as patch:
+        interrupted_at(5, patch)
+        with pytest.raises(SystemExit):
+            main(command())
+    before, half = (tmp_path / "lora" / "sst2" / f"checkpoint-{step}" for step in (4, 5))
+    shutil.copytree(before, half, ignore=shutil.ignore_patterns("optimizer.pt", "trainer_state.json"))
+    main(command("--resume_from_checkpoint"))
+    for name, tensor in weights(tmp_path / "whole" / "sst2").items():
+        assert torch.equal(tensor, weights(tmp_path / "lora" / "sst2")[name])
 
 
 def test_an_unfinished_run_is_not_overwritten(command, monkeypatch, refusal):
