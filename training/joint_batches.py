@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,7 +20,6 @@ from transformers import TrainingArguments
 
 if TYPE_CHECKING:
     import datasets
-    from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 Steps = list[list[list[int]]]
 """Rows of one task: optimizer step -> process -> rows."""
@@ -130,10 +129,11 @@ class JointCollator:
 
     Args:
         join: TRL's collator.
+        padding_free: whether it joins them one behind another.
     """
 
-    def __init__(self, join: DataCollatorForLanguageModeling):
-        self.join = join
+    def __init__(self, join: Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]], *, padding_free: bool):
+        self.join, self.padding_free = join, padding_free
 
     def __call__(self, items: list[list[dict[str, Any]]]) -> dict[str, torch.Tensor]:
         [rows] = items
@@ -148,7 +148,7 @@ class JointCollator:
 
     def _row_of_tokens(self, rows: list[dict[str, Any]], tokens: int) -> torch.Tensor:
         places = torch.arange(len(rows))
-        if not self.join.padding_free:
+        if not self.padding_free:
             return places[:, None].expand(-1, tokens)
         lengths = [len(row["input_ids"]) for row in rows]
         lengths[-1] += tokens - sum(lengths)

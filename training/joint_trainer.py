@@ -77,7 +77,7 @@ class JointTrainer(LoraTrainer):
         self.args.gradient_accumulation_steps = forwards_a_step(runs, batch_size)
         self.args.per_device_train_batch_size = self._train_batch_size = 1  # an item; TRL saw how many rows one holds
         self.train_dataset = JointBatches(self.train_dataset, sizes, runs, batch_size)
-        self.data_collator = JointCollator(self.data_collator)
+        self.data_collator = JointCollator(self.data_collator, padding_free=args.padding_free)
         self.learning_rates = dict(learning_rates)
         self.steps = dict(zip(datasets, map(len, runs), strict=True))
         self.factors = {name: factors_of(model, name) for name in datasets}
