@@ -12,6 +12,7 @@ import itertools
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -74,21 +75,27 @@ def train_jointly(
             adapter, or an unfinished run that was not to be resumed or is of one task alone.
     """
     _check(wanted, batch_size)
-    opened = [(one, *open_run(one, model_name, rows, computing)) for one in wanted]
-    left = [(one, run, examples) for one, run, examples in opened if not run.finished]
-    if left:
-        _train(left, model_name, batch_size, computing)
+    opened: list[tuple[Wanted, Run, list[Example]]] = []
+    with ExitStack() as if_refused:
+        for one in wanted:
+            run, examples = open_run(one, model_name, rows, computing)
+            if_refused.enter_context(run.withdrawn_if_refused())
+            opened.append((one, run, examples))
+        if left := [(one, run, examples) for one, run, examples in opened if not run.finished]:
+            together = _open_together([run for _, run, _ in left], left[0][0])
+            if_refused.enter_context(together.withdrawn_if_refused())
+            _train(left, together, model_name, batch_size, computing)
     return [run.directory for _, run, _ in opened]
 
 
 def _train(
     left: Sequence[tuple[Wanted, Run, list[Example]]],
+    together: Run,
     model_name: str,
     batch_size: int | None,
     computing: Mapping[str, str],
 ) -> None:
     training = left[0][0].training
-    together = _open_together([run for _, run, _ in left], left[0][0])
     tokenizer = load_tokenizer(model_name)
 
     def train(batch_size: int) -> JointTrainer:

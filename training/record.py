@@ -104,12 +104,12 @@ class Run:
 
     @contextmanager
     def withdrawn_if_refused(self) -> Iterator[None]:
-        """What is refused inside the block was no run: its record goes, for it would stand in the way of the next, and
-        what was forgotten for it comes back."""
+        """What is refused inside the block before a checkpoint was no run: its record goes, for it would stand in the
+        way of the next, and what was forgotten for it comes back."""
         try:
             yield
         except (ValueError, FileNotFoundError):
-            if self.new:
+            if self.new and not whole_checkpoint(self.directory):
                 (self.directory / RECORD_NAME).unlink(missing_ok=True)
             for name, content in self.forgotten.items():
                 (self.directory / name).write_bytes(content)

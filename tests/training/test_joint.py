@@ -246,6 +246,13 @@ def test_bad_input_is_one_sentence_and_status_two(words, refusal, tmp_path, more
     assert not list(tmp_path.glob("*/adapter_model.safetensors"))
 
 
+@pytest.mark.parametrize("refused", [("--max_length", "3"), ("--learning_rate", "1e30", "--logging_steps", "1")])
+def test_a_refused_run_does_not_stand_in_the_way_of_the_next(words, refusal, tmp_path, refused):
+    refusal(main, words(tmp_path, "--joint", *refused))
+    main(words(tmp_path, "--max_steps", "2", "--joint"))
+    assert len(list(tmp_path.glob("*/adapter_model.safetensors"))) == len(TASKS)
+
+
 def test_a_task_cannot_be_called_like_a_part_of_the_model(words, refusal, tmp_path, data_dir):
     task = tmp_path / "q_proj.yaml"
     task.write_text(
