@@ -71,6 +71,19 @@ def test_a_mixture_gets_gates_that_make_answers_likelier_and_keeps_everything_el
     assert "kept the gates" in capsys.readouterr().out
 
 
+def test_the_card_promises_no_fallback_where_tokens_are_routed(command, mixture):
+    words = "--source pocket --train_rows 8 --validation_rows 4 --heads centroid"
+    fit_router([str(mixture), *words.split()])
+    assert "runs none of them" in (mixture / "README.md").read_text()
+    main(command())
+    card = (mixture / "README.md").read_text()
+    assert "runs none of them" not in card and "mix the experts however strange their prompt is" in card
+    model = MoaModel.from_pretrained(None, mixture)
+    model.set_granularity("sequence")
+    model.save_pretrained(mixture)
+    assert "runs none of them" in (mixture / "README.md").read_text()
+
+
 def test_a_fit_that_the_mixture_no_longer_routes_by_is_not_said_to_be_kept(command, mixture, refusal):
     words = "--source pocket --train_rows 8 --validation_rows 4 --heads centroid"
     router = [str(mixture), *words.split()]
