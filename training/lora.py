@@ -91,6 +91,11 @@ def train_adapter(wanted: Wanted, model_name: str, *, rows: Mapping[str, Any], c
             processing_class=load_tokenizer(model_name),
             peft_config=wanted.config_for(model),
         )
+        if not len(trainer.train_dataset):
+            raise ValueError(
+                f"task {wanted.task.name!r} has nothing to train on: of {len(examples)} rows none has an answer "
+                f"within --max_length {training.max_length}, raise it or give the task other rows"
+            )
     settle_configs(trainer.model)
     result = trainer.train(resume_from_checkpoint=run.checkpoint)
     trainer.save_model()

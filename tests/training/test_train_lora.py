@@ -147,6 +147,13 @@ def test_bad_input_is_one_sentence_and_status_two(command, refusal, tmp_path, wo
     assert not list(tmp_path.glob("lora/*/adapter_model.safetensors"))
 
 
+def test_a_length_that_cuts_off_every_answer_is_refused_and_does_not_stand_in_the_way(command, refusal, tmp_path):
+    said = refusal(main, command("--max_length", "3"))
+    assert "of 48 rows none has an answer within --max_length 3" in said
+    main(command())
+    assert (tmp_path / "lora" / "sst2" / "adapter_model.safetensors").is_file()
+
+
 def test_logits_are_computed_where_an_answer_is_in_any_row():
     labels = torch.tensor([[-100, -100, 5, 6, -100], [-100, -100, -100, 7, 8]])
     assert answer_positions(labels).tolist() == [1, 2, 3]
