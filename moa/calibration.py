@@ -88,18 +88,26 @@ def risk_coverage(confidence: Float[Tensor, " prompts"], right: Bool[Tensor, " p
     return shared[group].cumsum(dim=0) / torch.arange(1, len(wrong) + 1)
 
 
-def conformal_quantile(scores: Float[Tensor, " prompts"], rate: float) -> float:
+def conformal_quantile(scores: Float[Tensor, " prompts"], rate: float, alike: int = 1) -> float:
     """A threshold that one more prompt like these exceeds with a probability of at most `rate`.
 
-    The ceil((n + 1) (1 - rate))-th smallest of n scores; infinite where n is too small, below 1 / rate - 1. Split
-    conformal prediction, Vovk et al. 2005; Angelopoulos and Bates 2021, arXiv:2107.07511.
+    The ceil((n + alike) (1 - rate))-th smallest of n scores; infinite where n is too small for the rate, see
+    `promised`. Split conformal prediction, Vovk et al. 2005; Angelopoulos and Bates 2021, arXiv:2107.07511.
+
+    Args:
+        alike: how many of the prompts come of one row: only rows can be exchanged with one another.
     """
-    place = math.ceil((len(scores) + 1) * (1 - rate) - 1e-9)  # 20 * 0.95 is 19, whatever floats say
+    place = math.ceil((len(scores) + alike) * (1 - rate) - 1e-9)  # 20 * 0.95 is 19, whatever floats say
     return math.inf if place > len(scores) else float(scores.sort().values[place - 1])
 
 
+def promised(rate: float, prompts: int, alike: int = 1) -> float:
+    """The share beyond a threshold that so many prompts can promise: `rate`, or the least that they can."""
+    return max(rate, alike / (prompts + alike))
+
+
 def fit_conformal(
-    probabilities: Float[Tensor, "prompts experts"], own: Int[Tensor, " prompts"], coverage: float
+    probabilities: Float[Tensor, "prompts experts"], own: Int[Tensor, " prompts"], coverage: float, alike: int = 1
 ) -> ConformalSet:
     """The least probable sets that hold a prompt's own expert `coverage` of the time (LAC).
 
@@ -108,6 +116,7 @@ def fit_conformal(
 
     Args:
         own: index of the expert that is right for each prompt.
+        alike: how many of the prompts come of one row.
     """
     missed = 1 - probabilities.double().gather(1, own[:, None])[:, 0]
-    return ConformalSet(coverage, max(0.0, 1 - conformal_quantile(missed, 1 - coverage)))
+    return ConformalSet(coverage, max(0.0, 1 - conformal_quantile(missed, 1 - coverage, alike)))

@@ -44,6 +44,7 @@ def report(fitted: FittedRouter, experts: Sequence[str]) -> dict[str, Any]:
         "calibration": asdict(fitted.config.calibration),
         "conformal": asdict(fitted.config.conformal),
         "abstention": fitted.config.abstention and asdict(fitted.config.abstention),
+        "least_rate": fitted.config.abstention and fitted.strangeness[fitted.config.abstention.score].least,
         "left_out_auroc": {score: found.auroc for score, found in fitted.strangeness.items()},
     }
     if fitted.losses is not None:
@@ -91,7 +92,7 @@ def remarks(found: Mapping[str, Any]) -> list[str]:
             f"expert's ({each}); their places stand in {REPORT_NAME}, and all were kept"
         )
     limits, prompts = found["abstention"], found["calibration"]["prompts"]
-    if limits is not None and (prompts + 1) * limits["rate"] < (2 if limits["score"] == "both" else 1) + 1e-9:
+    if limits is not None and limits["rate"] == found["least_rate"]:
         sentences.append(
             f"{prompts} held-out prompts promise no smaller share of strange own ones than "
             f"{100 * limits['rate']:.1f} %: give more with --validation_rows"

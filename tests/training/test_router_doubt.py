@@ -12,13 +12,13 @@ PROMPTS, RATE = 8000, 0.02
 
 
 def prompts(seed, count=PROMPTS):
-    """Features of two experts' prompts, half of them without templates, which differ far more among each other."""
+    """Features of two experts' rows with their templates, then without, where they differ far more from each other."""
     torch.manual_seed(seed)
-    labels, plain = torch.arange(count) % 2, torch.arange(count) >= count // 2
-    noise = torch.randn(count, 8)
-    noise[plain] *= torch.distributions.StudentT(2.0).sample((count // 2, 1)).abs()
+    rows = count // 2
+    labels, plain = torch.arange(rows).repeat(2) % 2, torch.arange(count) >= rows
+    noise = torch.randn(rows, 8) * torch.distributions.StudentT(2.0).sample((rows, 1)).abs()
     means = F.one_hot(labels + 2 * plain, 8) * 6.0
-    return means + noise, labels, plain
+    return means + torch.cat([0.3 * noise, noise]), labels, plain
 
 
 @pytest.fixture(scope="module")
@@ -50,11 +50,11 @@ def test_prompts_that_look_as_if_with_and_without_templates_fall_back_about_equa
     assert RATE / 2 < share < 1.2 * RATE
 
 
-@pytest.mark.parametrize("held_out", [24, 48, 98, 150, 400])
+@pytest.mark.parametrize("held_out", [24, 48, 98, 200, 400])
 def test_no_more_own_prompts_fall_back_than_promised_however_few_were_held_out(router, held_out):
     new, _, _ = prompts(2)
     drawn = [limits_from(router, *prompts(seed, held_out)) for seed in range(3, 103)]
-    rate = max(RATE, 2 / (held_out + 1))
+    rate = max(RATE, 2 * 2 / (held_out + 2))  # of either score, and of prompts that come of half as many rows
     assert [limits.rate for limits in drawn] == pytest.approx([rate] * len(drawn))
     shares = torch.stack([strange(router, limits, new).mean() for limits in drawn])
     assert shares.mean() - 2 * shares.std() / len(shares) ** 0.5 < rate
