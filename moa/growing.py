@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from moa.assembly import read_experts
 from moa.base_model import load_tokenizer
-from moa.calibration import conformal_quantile, fit_conformal
+from moa.calibration import conformal_quantile, fit_conformal, promised
 from moa.config import FALLBACK, Fallback, RouterConfig
 from moa.peft_export import adapter_dtype
 from moa.router import SequenceRouter
@@ -188,9 +188,9 @@ def _widened(router: SequenceRouter, fitted: RouterConfig, pooled: Float[Tensor,
     parts = list(folds(router, pooled)) if limits or conformal else []
     if limits is not None:
         found = torch.cat([strangeness(one, limits, rest, one(rest)) for one, rest in parts])
-        quantile = conformal_quantile(found, max(limits.rate, 1 / (len(found) + 1)))
-        merged = max(limits.merged_above, quantile)
-        limits = replace(limits, merged_above=merged, base_above=max(merged, limits.base_above))
+        rate = promised(limits.rate, len(found))
+        merged = max(limits.merged_above, conformal_quantile(found, rate))
+        limits = replace(limits, rate=rate, merged_above=merged, base_above=max(merged, limits.base_above))
     if conformal is not None:
         likely = torch.cat([one(rest).softmax(dim=-1) for one, rest in parts])
         own = torch.full((len(likely),), router.num_experts, device=likely.device)

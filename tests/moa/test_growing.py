@@ -168,6 +168,7 @@ def test_the_new_experts_own_prompts_are_not_strange(model, tokenizer, adapters)
     model.add_expert("films", adapters["films"], PROMPTS["films"], tokenizer=tokenizer)
     after = model.moa_config.router.abstention
     assert after.merged_above > before.merged_above and after.base_above >= after.merged_above
+    assert before.rate < after.rate == pytest.approx(1 / 7)  # six prompts promise no less
     assert model.route(**tokenizer(PROMPTS["films"], return_tensors="pt", padding=True)).fallback.tolist() == [0] * 6
     assert model.moa_config.router.calibration is None
 
