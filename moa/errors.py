@@ -16,6 +16,8 @@ from safetensors import SafetensorError
 NEGATIVE_NUMBER = re.compile(r"-(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$")
 INTERRUPTED = 130
 """Exit status after Ctrl-C."""
+BETWEEN_LIBRARIES = "`is_gradient_checkpointing` is deprecated"
+"""Which warning is not for the user: PEFT asks transformers for what it has renamed, with every model."""
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -31,6 +33,7 @@ def run(main: Callable[P, T]) -> Callable[P, T]:
     @functools.wraps(main)
     def entry_point(*args: P.args, **kwargs: P.kwargs) -> T:
         usual, warnings.formatwarning = warnings.formatwarning, _one_line_warning
+        warnings.filterwarnings("ignore", message=BETWEEN_LIBRARIES)
         try:
             try:
                 return main(*args, **kwargs)

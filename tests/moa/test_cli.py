@@ -137,3 +137,13 @@ def test_a_command_leaves_warnings_as_they_were_shown(capsys):
     usual = warnings.formatwarning
     main(["--version"])
     assert warnings.formatwarning is usual
+
+
+def test_what_libraries_say_to_each_other_is_not_told_to_the_user():
+    script = (
+        "import warnings\nfrom moa.errors import run\n@run\ndef main():\n"
+        "    warnings.warn('`is_gradient_checkpointing` is deprecated and will be removed in v6.', FutureWarning)\n"
+        "    warnings.warn('this is yours to mend', UserWarning)\nmain()\n"
+    )
+    done = subprocess.run([sys.executable, "-W", "always", "-c", script], capture_output=True, text=True, check=True)
+    assert done.stderr == "warning: this is yours to mend\n"
