@@ -84,7 +84,11 @@ def train_jointly(
         if left := [(one, run, examples) for one, run, examples in opened if not run.finished]:
             together = _open_together([run for _, run, _ in left], left[0][0])
             if_refused.enter_context(together.withdrawn_if_refused())
-            _train(left, together, model_name, batch_size, computing)
+            trainer = _train(left, together, model_name, batch_size, computing)
+            losses = trainer.train_losses()  # gathered from all processes
+    if left and trainer.is_world_process_zero():
+        _save(trainer, [run for _, run, _ in left], losses)
+        _clear(together.directory)
     return [run.directory for _, run, _ in opened]
 
 
@@ -94,14 +98,14 @@ def _train(
     model_name: str,
     batch_size: int | None,
     computing: Mapping[str, str],
-) -> None:
+) -> JointTrainer:
     training = left[0][0].training
     tokenizer = load_tokenizer(model_name)
 
     def train(batch_size: int) -> JointTrainer:
         model = load_base_model(model_name, packing=training.padding_free, **computing)
-        how = f"attention: {attention_of(model)}, {dtype_of(model)}; at most {batch_size} rows in one forward"
-        print(how, flush=True)
+        how = f"attention: {attention_of(model)}, {dtype_of(model)}"
+        print(f"{how}; at most {batch_size} rows in one forward", flush=True)
         for one, _, _ in left:
             check_adapter_name(model, one.task.name)
         trainer = JointTrainer(
@@ -115,15 +119,18 @@ def _train(
         trainer.train(resume_from_checkpoint=whole_checkpoint(together.directory))
         return trainer
 
-    trainer = train(batch_size) if batch_size else in_few_forwards(train, training, len(left))
-    losses = trainer.train_losses()
-    if trainer.is_world_process_zero():
-        base = trainer.model.get_base_model()
-        for one, run, _ in left:
-            save_adapter(trainer.model, one.task.name, run.directory, tokenizer)
-            how = {"attention": attention_of(base), "dtype": dtype_of(base), "joint": list(losses)}
-            run.finish(train_loss=losses[one.task.name], **how)
-        _clear(together.directory)
+    return train(batch_size) if batch_size else in_few_forwards(train, training, len(left))
+
+
+def _save(trainer: JointTrainer, runs: Sequence[Run], losses: Mapping[str, float]) -> None:
+    """Each adapter to the folder of its own run; none counts as finished before all are there, for else those left
+    would be another joint run than the one whose checkpoint there is."""
+    base = trainer.model.get_base_model()
+    for run, name in zip(runs, losses, strict=True):
+        save_adapter(trainer.model, name, run.directory, trainer.processing_class)
+    how = {"attention": attention_of(base), "dtype": dtype_of(base), "joint": list(losses)}
+    for run, loss in zip(runs, losses.values(), strict=True):
+        run.finish(train_loss=loss, **how)
 
 
 def in_few_forwards(train: Callable[[int], JointTrainer], training: TrainingArguments, tasks: int) -> JointTrainer:

@@ -16,6 +16,7 @@ from moa.training.data import for_each_task
 from moa.training.joint import in_few_forwards
 from moa.training.joint_batches import JointBatches, forwards_a_step, steps_alone
 from moa.training.joint_trainer import JointTrainer
+from moa.training.lora import save_adapter
 from moa.training.train_lora import main
 
 TASKS = ("sst2", "mrpc", "squad")
@@ -118,6 +119,26 @@ def test_dropout_of_the_adapters_is_drawn_in_a_joint_run_too(alone, words, tmp_p
     for task in TASKS[:2]:
         assert distance(tmp_path / "never" / task, tmp_path / "once" / task) > 0.1
         assert distance(tmp_path / "once" / task, tmp_path / "again" / task) == 0
+
+
+@pytest.mark.parametrize("error", [OSError, ValueError])
+def test_a_run_whose_second_adapter_could_not_be_saved_goes_on_from_its_checkpoint(
+    words, tmp_path, monkeypatch, refusal, error
+):
+    def save(model, name, directory, tokenizer):
+        if name == "mrpc":
+            raise error("the disk is full")
+        save_adapter(model, name, directory, tokenizer)
+
+    more = ("--max_steps", "2", "--joint", "--save_steps", "2")
+    main(words(tmp_path / "whole", *more, tasks=TASKS[:2]))
+    with monkeypatch.context() as patch:
+        patch.setattr("moa.training.joint.save_adapter", save)
+        assert "the disk is full" in refusal(main, words(tmp_path / "full", *more, tasks=TASKS[:2]))
+    main(words(tmp_path / "full", *more, "--resume_from_checkpoint", tasks=TASKS[:2]))
+    for task in TASKS[:2]:
+        one, other = (tmp_path / run / task / "adapter_model.safetensors" for run in ("whole", "full"))
+        assert one.read_bytes() == other.read_bytes()
 
 
 def test_a_gpu_takes_a_whole_step_at_once_or_half_as_many_rows_until_they_fit():
