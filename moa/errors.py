@@ -33,10 +33,11 @@ def run(main: Callable[P, T]) -> Callable[P, T]:
     @functools.wraps(main)
     def entry_point(*args: P.args, **kwargs: P.kwargs) -> T:
         usual, warnings.formatwarning = warnings.formatwarning, _one_line_warning
-        warnings.filterwarnings("ignore", message=BETWEEN_LIBRARIES)
         try:
             try:
-                return main(*args, **kwargs)
+                with warnings.catch_warnings():
+                    warnings.filterwarnings("ignore", message=BETWEEN_LIBRARIES)
+                    return main(*args, **kwargs)
             finally:
                 warnings.formatwarning = usual
                 print(end="", flush=True)  # at exit, where Python would flush, nothing could catch the error

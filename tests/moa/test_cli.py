@@ -134,9 +134,9 @@ def test_version_is_printed(capsys):
 
 
 def test_a_command_leaves_warnings_as_they_were_shown(capsys):
-    usual = warnings.formatwarning
+    usual, filters = warnings.formatwarning, list(warnings.filters)
     main(["--version"])
-    assert warnings.formatwarning is usual
+    assert warnings.formatwarning is usual and warnings.filters == filters
 
 
 def test_what_libraries_say_to_each_other_is_not_told_to_the_user():
